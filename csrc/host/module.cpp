@@ -1,0 +1,9 @@
+// flowattn._host: work on numpy arrays before tensors exist. No torch here.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "Torch-free helpers of flowattn";
+  m.def("compiler", [] { return std::string(__VERSION__); }, "Version of the compiler that built the native modules.");
+}

@@ -1,0 +1,69 @@
+"""Every private op: its schema, and the thunk that loads a Triton launcher on first use.
+
+Forward and backward are separate ops of fixed arity. `<op>` has the C++ kernels (CPU and CUDA, registered by
+flowattn._C); `<op>_triton` the Triton launcher of the same signature. The schemas stand here and not in C++ so that
+the Triton ops exist, and compile, where no compiler was present at installation.
+"""
+
+import importlib
+
+import torch
+
+# name -> arguments and results; shapes and meanings are in ops/<op>.py.
+SCHEMAS = {
+    "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
+    "pack_plan": "(Tensor source, int kind, SymInt padded_len, SymInt capacity)"
+    " -> (Tensor cu_seqlens, Tensor indices, Tensor inverse, Tensor position_ids, Tensor tiles, Tensor stats)",
+    "varlen_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles,"
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt window_left, SymInt window_right, bool top_left)"
+    " -> (Tensor out, Tensor lse)",
+    "varlen_attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale,"
+    " SymInt window_left, SymInt window_right, bool top_left, bool deterministic)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+}
+TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
+
+_LIB = torch.library.Library("flowattn", "DEF")
+
+
+def _triton_thunk(module, name):
+    launcher = None
+
+    def call(*args):
+        nonlocal launcher
+        if launcher is None:
+            launcher = getattr(importlib.import_module(f"flowattn.triton_kernels.{module}"), name)
+        return launcher(*args)
+
+    return call
+
+
+def _define():
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    for name, signature in SCHEMAS.items():
+        _LIB.define(name + signature, tags=tags)
+        if name in TRITON_OPS:
+            _LIB.define(f"{name}_triton{signature}", tags=tags)
+            thunk = _triton_thunk(TRITON_OPS[name], name)
+            for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
+                _LIB.impl(f"{name}_triton", thunk, key)
+
+
+_define()
+
+
+def fake(name):
+    """Decorator: register one fake for `name` and its Triton twin."""
+
+    def register(function):
+        for op in (name, f"{name}_triton") if name in TRITON_OPS else (name,):
+            torch.library.register_fake(f"flowattn::{op}", function, lib=_LIB)
+        return function
+
+    return register
+
+
+def op(name):
+    """The bound overload, to be looked up once at import."""
+    return getattr(torch.ops.flowattn, name).default

@@ -1,0 +1,208 @@
+"""Padding-free (variable-length) multi-head attention."""
+
+import torch
+
+from flowattn import _native, checks, dispatch
+from flowattn._library import fake, op
+from flowattn.reference.varlen_attention import varlen_attention as reference
+
+_OP = "varlen_attention"
+_fwd, _bwd = op("varlen_attention_fwd"), op("varlen_attention_bwd")
+_fwd_triton, _bwd_triton = op("varlen_attention_fwd_triton"), op("varlen_attention_bwd_triton")
+
+
+def varlen_attention(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    *,
+    scale=None,
+    causal=False,
+    causal_align="bottom_right",
+    window=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    bias=None,
+    dropout_p=0.0,
+    deterministic=False,
+    return_lse=False,
+    plan=None,
+):
+    """Attend within each sequence of a packed batch: o_i = sum_j softmax_j(scale * q_i . k_j) v_j.
+
+    Shapes: q (Tq, H, D); k (Tk, Hkv, D) with Hkv | H; v (Tk, Hkv, Dv); returns (Tq, H, Dv). A leading dim of size 1 is
+        accepted and returned alike. cu_seqlens_q and cu_seqlens_k (B+1,): sequence b owns rows cu[b]..cu[b+1];
+        cu_seqlens_k=None means cu_seqlens_q. Rows from cu[B] on are ignored: output 0, gradient 0.
+    Dtypes: q, k, v alike, float16, bfloat16, float32 or (CPU and reference) float64; cu_seqlens int32, or int64, which
+        costs a conversion. Scores, softmax and sums run in float32.
+    Layout: last dim contiguous, any other strides, so q, k, v may be views of one projection; no copy is made.
+    scale: multiplies q . k; default D ** -0.5.
+    causal, window: query i sees key j where i + s - left <= j <= i + s + right, -1 = unbounded, causal = right 0, with
+        s = Lk - Lq (causal_align="bottom_right") or 0 ("top_left").
+    softcap > 0: scores become softcap * tanh(score / softcap). alibi_slopes float32 (H,) or (B, H): adds
+        -slope * |i + s - j|. bias (H, S, S) or (B, H, S, S): added to the scores.
+    max_seqlen_q, max_seqlen_k: host ints that choose tile shapes; any value is correct, None picks from the shapes.
+    plan: the PackPlan of these sequences; its tile list, sorted by work, is then used on a GPU.
+    deterministic: bitwise repeatable gradients, also with torch.use_deterministic_algorithms(True).
+    return_lse: also return the log-sum-exp of the scores (H, Tq), float32, natural log, differentiable.
+
+    A query that sees no key gives 0 and LSE -inf, with zero gradients. Empty sequences and B = 0 are legal.
+    On the CPU a bad cu_seqlens raises ValueError; on a GPU it is never read out of bounds, the result is unspecified.
+    Gradients: q, k, v (and bias, through the reference). No host sync except in the reference.
+    Cost: 2 H (D + Dv) FLOPs a visible pair forward, 2.5 times that backward; memory O(T).
+    Source: FlashAttention-2 (Dao 2023), Algorithms 1 and 2; ByteTransformer (Zhai et al. 2023) for the packed layout.
+
+    >>> q = torch.randn(5, 2, 8)
+    >>> out = varlen_attention(q, q, q, torch.tensor([0, 2, 5], dtype=torch.int32))
+    >>> out.shape
+    torch.Size([5, 2, 8])
+    """
+    batched = q.dim() == 4
+    call, extras = _prepare_all(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, causal_align, window, softcap,
+        alibi_slopes, bias, dropout_p, plan,
+    )  # fmt: skip
+    backend = _TABLE.choose(*call, extras)
+    if backend.name == "reference":
+        out, lse = _reference(*call, extras)
+    elif checks.needs_grad(*call[:3]):
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        out, lse = _VarlenAttention.apply(backend, deterministic, *call)
+    else:
+        out, lse = backend.fwd(*call)
+    if batched:
+        out, lse = out.unsqueeze(0), lse.unsqueeze(0)
+    return (out, lse) if return_lse else out
+
+
+class _VarlenAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, deterministic, q, k, v, cu_q, cu_k, tiles, *options):
+        out, lse = backend.fwd(q, k, v, cu_q, cu_k, tiles, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, tiles)
+        ctx.bwd, ctx.options = backend.bwd, (*options, deterministic)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, cu_q, cu_k, tiles = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+        dq, dk, dv = ctx.bwd(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, *ctx.options)
+        return (None, None, dq, dk, dv, None, None, None, *[None] * (len(ctx.options) - 1))
+
+
+def _prepare(
+    q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *, scale=None, causal=False,
+    causal_align="bottom_right", window=(-1, -1), softcap=0.0, alibi_slopes=None, bias=None, dropout_p=0.0,
+    deterministic=False, return_lse=False, plan=None,
+):  # fmt: skip
+    """The call tuple for dispatch.explain: the public signature, checked."""
+    call, extras = _prepare_all(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, causal_align, window, softcap,
+        alibi_slopes, bias, dropout_p, plan,
+    )  # fmt: skip
+    return (*call, extras)
+
+
+def _prepare_all(
+    q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, causal_align, window, softcap, alibi_slopes, bias, dropout_p, plan
+):
+    """Check everything; return the positional arguments of the private op and the extras only the reference takes."""
+    if q.dim() == 4:
+        checks.require(q.shape[0] == k.shape[0] == v.shape[0] == 1, _OP, "a leading dim of q, k, v must be 1", q.shape[0])
+        q, k, v = q[0], k[0], v[0]
+    names, tensors = ("q", "k", "v"), (q, k, v)
+    for name, x in zip(names, tensors):
+        checks.require(x.dim() == 3, _OP, f"{name} must have shape (T, heads, width)", tuple(x.shape))
+    q, k, v = tensors = checks.autocast(q, k, v)
+    checks.float_dtype(_OP, "q", q)
+    checks.same_dtype_device(_OP, names, tensors)
+    checks.last_dim_contiguous(_OP, names, tensors)
+    (total_q, heads, width), (total_k, heads_kv, _) = q.shape, k.shape
+    checks.require(k.shape[2] == width, _OP, f"k must have the width of q, {width}", k.shape[2])
+    checks.require(v.shape[:2] == k.shape[:2], _OP, "v must have the rows and heads of k", (tuple(k.shape), tuple(v.shape)))
+    divides = heads_kv > 0 and heads % heads_kv == 0
+    checks.require(divides, _OP, "the heads of k must divide the heads of q", (heads, heads_kv))
+    checks.require(width > 0 and v.shape[2] > 0, _OP, "head widths must be positive", (width, v.shape[2]))
+    self_attention = cu_k is None or cu_k is cu_q
+    cu_q = checks.cu_seqlens(_OP, "cu_seqlens_q", cu_q, total_q, q.device)
+    if self_attention:
+        cu_k = cu_q
+        checks.require(total_q == total_k, _OP, "q and k must have the same rows without cu_seqlens_k", (total_q, total_k))
+    else:
+        cu_k = checks.cu_seqlens(_OP, "cu_seqlens_k", cu_k, total_k, q.device)
+        checks.require(cu_k.shape == cu_q.shape, _OP, "cu_seqlens_q and cu_seqlens_k must have one length", (cu_q.shape[0], cu_k.shape[0]))
+    checks.require(causal_align in ("bottom_right", "top_left"), _OP, "causal_align must be bottom_right or top_left", repr(causal_align))
+    left, right = window
+    checks.require(left >= -1 and right >= -1, _OP, "window must hold -1 (unbounded) or widths >= 0", window)
+    if causal:
+        right = 0
+    checks.require(softcap >= 0, _OP, "softcap must be >= 0", softcap)
+    checks.require(dropout_p == 0, _OP, "dropout is supported by no backend yet", dropout_p, error=NotImplementedError)
+    if alibi_slopes is not None:
+        shapes = ((heads,), (cu_q.shape[0] - 1, heads))
+        checks.require(tuple(alibi_slopes.shape) in shapes, _OP, "alibi_slopes must have shape (H,) or (B, H)", tuple(alibi_slopes.shape))
+    if bias is not None:
+        fits = bias.dim() in (3, 4) and bias.shape[-3] == heads
+        checks.require(fits, _OP, "bias must have shape (H, S, S) or (B, H, S, S)", tuple(bias.shape))
+    tiles = None
+    if plan is not None:
+        rows = (plan.cu_seqlens.shape, plan.indices.shape[0])
+        checks.require(rows == (cu_q.shape, total_q), _OP, "plan must be the plan of q's sequences", rows)
+        tiles = plan.tiles
+    call = (
+        q, k, v, cu_q, cu_k, tiles, total_q if max_q is None else max_q, total_k if max_k is None else max_k,
+        width**-0.5 if scale is None else float(scale), left, right, causal_align == "top_left",
+    )  # fmt: skip
+    extras = {"softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias}
+    return call, extras
+
+
+def _reference(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, extras):
+    return reference(q, k, v, cu_q, cu_k, scale, left, right, top_left, **extras)
+
+
+def _refuse_extras(extras):
+    if extras["softcap"] or extras["alibi_slopes"] is not None or extras["bias"] is not None:
+        return "softcap, alibi_slopes and bias run in the reference only"
+    return None
+
+
+def _refuse_cpu(q, *rest):
+    return _native.refuse_cpu(q) or _refuse_extras(rest[-1])
+
+
+def _refuse_triton(q, k, v, *rest):
+    reason = dispatch.refuse_triton(q) or _refuse_extras(rest[-1])
+    if reason is None and max(q.shape[2], v.shape[2]) > 256:
+        reason = f"head width must be at most 256; got {max(q.shape[2], v.shape[2])}"
+    if reason is None and q.dtype == torch.float64:
+        reason = "no float64"
+    return reason
+
+
+_TABLE = dispatch.Table(
+    _OP,
+    _prepare,
+    dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
+    dispatch.Backend("triton", _refuse_triton, _fwd_triton, _bwd_triton),
+    dispatch.Backend("reference", dispatch.never, None),
+)
+
+
+@fake("varlen_attention_fwd")
+def _fwd_fake(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), lse
+
+
+@fake("varlen_attention_bwd")
+def _bwd_fake(dout, dlse, q, k, v, out, lse, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -1,0 +1,64 @@
+"""Padding-free attention in plain torch, one sequence at a time: the oracle and the fallback."""
+
+import torch
+
+
+def visible(lq, lk, window_left, window_right, top_left, device=None):
+    """Mask (lq, lk), True = keep: i + shift - left <= j <= i + shift + right; -1 = unbounded."""
+    shift = 0 if top_left else lk - lq
+    distance = torch.arange(lk, device=device) - torch.arange(lq, device=device)[:, None] - shift  # j - (i + shift)
+    keep = torch.ones(lq, lk, dtype=torch.bool, device=device)
+    if window_left >= 0:
+        keep &= distance >= -window_left
+    if window_right >= 0:
+        keep &= distance <= window_right
+    return keep
+
+
+def attend(q, k, v, keep, scale, *, softcap=0.0, bias=None):
+    """One sequence: q (Lq, H, D), k and v (Lk, Hkv, D), keep (Lq, Lk), bias (H, Lq, Lk) -> out (Lq, H, D), lse (H, Lq)."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) if group != 1 else x for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.masked_fill(~keep, float("-inf"))
+    top = scores.detach().amax(-1, keepdim=True) if k.shape[0] else scores.new_full((*scores.shape[:2], 1), float("-inf"))
+    top = top.masked_fill(top == float("-inf"), 0.0)  # a row that sees no key
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    out = torch.einsum("hij,jhd->ihd", weights / total.masked_fill(empty, 1.0), v)
+    lse = (top + torch.log(total.masked_fill(empty, 1.0))).masked_fill(empty, float("-inf"))
+    return out, lse.squeeze(-1)
+
+
+def varlen_attention(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window_left, window_right, top_left, *, softcap=0.0, alibi_slopes=None, bias=None
+):
+    """The contract of ops.varlen_attention in code; computes in float32 (float64 for float64 inputs)."""
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    heads, starts_q, starts_k = q.shape[1], cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs, lses = [], []
+    for b in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
+        lq, lk = rows.stop - rows.start, keys.stop - keys.start
+        added = None
+        if alibi_slopes is not None:
+            slopes = (alibi_slopes[b] if alibi_slopes.dim() == 2 else alibi_slopes).to(work)
+            shift = 0 if top_left else lk - lq
+            i, j = torch.arange(lq, device=q.device)[:, None], torch.arange(lk, device=q.device)
+            added = -slopes[:, None, None] * (i + shift - j).abs()
+        if bias is not None:
+            part = (bias[b] if bias.dim() == 4 else bias)[:, :lq, :lk].to(work)
+            added = part if added is None else added + part
+        keep = visible(lq, lk, window_left, window_right, top_left, q.device)
+        out, lse = attend(q[rows].to(work), k[keys].to(work), v[keys].to(work), keep, scale, softcap=softcap, bias=added)
+        outs.append(out)
+        lses.append(lse)
+    rest = q.shape[0] - starts_q[-1]  # rows beyond the last sequence: zeros
+    outs.append(q.new_zeros((rest, heads, v.shape[-1]), dtype=work))
+    lses.append(q.new_full((heads, rest), float("-inf"), dtype=work))
+    return torch.cat(outs).to(q.dtype), torch.cat(lses, 1)
