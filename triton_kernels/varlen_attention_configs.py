@@ -1,0 +1,38 @@
+"""Tile shapes of the varlen_attention kernels by dtype, head width and longest sequence.
+
+Measured with benchmarks/tune_varlen_attention.py on an NVIDIA H100 80GB HBM3, 2026-11-23 (bf16, widths 64 and 128;
+the other widths take the shape that fits their shared memory). A configuration is (BM query rows, BN keys, num_warps,
+num_stages).
+"""
+
+import torch
+
+
+def forward_config(dtype, width, longest_k, masked):
+    if dtype == torch.float32:
+        return (64, 32, 4, 2) if width <= 64 else (32, 32, 4, 1)
+    if width <= 64:
+        return (64, 32, 4, 3) if longest_k <= 512 else (64, 64, 4, 3)
+    if width <= 128:
+        return (64, 64, 4, 3) if longest_k <= 512 else (128, 128, 8, 3)
+    return (64, 32, 4, 2)
+
+
+def dq_config(dtype, width, longest_k, masked):
+    if dtype == torch.float32:
+        return (32, 32, 4, 1)
+    if width <= 64:
+        return (64, 32, 4, 3)
+    if width <= 128:
+        return (64, 64, 4, 2) if masked else (128, 64, 8, 3)
+    return (64, 32, 8, 1)
+
+
+def dkv_config(dtype, width, longest_q, masked):
+    if dtype == torch.float32:
+        return (32, 32, 4, 1)
+    if width <= 64:
+        return (32, 64, 4, 1)
+    if width <= 128:
+        return (32, 64, 4, 2) if masked else (64, 128, 8, 3)
+    return (32, 64, 8, 1)
