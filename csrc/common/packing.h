@@ -20,7 +20,7 @@ constexpr int plan_shift(int64_t padded_len) {
   return shift;
 }
 
-constexpr int tiles_of(int length) { return (length + kTile - 1) / kTile; }
+constexpr int tiles_of(int length) { return length / kTile + (length % kTile != 0); }
 
 // Most entries a tile list can need: every sequence may end in a partial tile, and so may the unused tail.
 constexpr int64_t tile_capacity(int64_t capacity, int64_t batch) { return capacity / kTile + batch + 1; }
