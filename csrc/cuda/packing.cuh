@@ -296,8 +296,8 @@ __global__ void __launch_bounds__(kPlanThreads) pack_plan_kernel(const PackPlanA
 // ---- gather_rows --------------------------------------------------------------------------------------------------
 //
 // blockDim.x threads share a row, each moving vectors of sizeof(Vec) bytes; a thread handles kRowsAThread rows at once:
-// 4 loads of 16 bytes in flight on each of 2048 threads of an SM are 128 KiB, several times what the bandwidth-delay
-// product of HBM asks for, and the latency of the index is paid once for 4 rows.
+// 4 loads of 16 bytes on each of the 1024 threads an SM holds are 64 KiB in flight, several times what the
+// bandwidth-delay product of HBM asks for, and the latency of the index is paid once for 4 rows.
 
 constexpr int kGatherThreads = 256;
 constexpr int kRowsAThread = 4;
