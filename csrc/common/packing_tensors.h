@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <limits>
@@ -84,7 +85,7 @@ inline std::array<uint8_t, 16> fill_pattern(ScalarType dtype, double fill) {
 // A checked gather of rows (H, D) out of src (B, S, H, D), dims merged where the strides allow it. Offsets in bytes.
 struct RowGather {
   int64_t rows, source_rows;         // rows of the result; B * S
-  int64_t inner_rows;                // S
+  uint32_t inner_rows;               // S, at least 1 because callers divide by it before they look
   int64_t outer_stride, row_stride;  // of B and of S
   int64_t heads, head_stride, head_bytes;
   Tensor out;
@@ -100,7 +101,8 @@ struct RowGather {
     FA_CHECK(src.stride(3) == 1 || width <= 1, op, "the last dim of src must be contiguous", src.stride(3));
     rows = index.size(0);
     source_rows = src.size(0) * src.size(1);
-    inner_rows = src.size(1);
+    // An index is below 2^31, so it never leaves a dim longer than that.
+    inner_rows = static_cast<uint32_t>(std::clamp<int64_t>(src.size(1), 1, int64_t{1} << 31));
     outer_stride = src.stride(0) * bytes;
     row_stride = src.stride(1) * bytes;
     heads = src.size(2);

@@ -164,10 +164,9 @@ void gather(const RowGather& g, const char* src, const int32_t* index, const std
   torch::stable::parallel_for(0, g.rows, grain(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       char* to = out + i * row_bytes;
-      const int64_t row = index[i];
-      const bool inside = row >= 0 && row < g.source_rows;
-      const int64_t outer = inside ? row / g.inner_rows : 0, inner = inside ? row % g.inner_rows : 0;
-      const char* from = src + outer * g.outer_stride + inner * g.row_stride;
+      const auto row = static_cast<uint32_t>(index[i]), outer = row / g.inner_rows, inner = row - outer * g.inner_rows;
+      const bool inside = index[i] >= 0 && index[i] < g.source_rows;
+      const char* from = src + (inside ? outer * g.outer_stride + inner * g.row_stride : 0);
       for (int64_t h = 0; h < g.heads; ++h) {
         copy(to + h * copy.bytes, inside ? static_cast<const void*>(from + h * g.head_stride) : fill.data());
       }

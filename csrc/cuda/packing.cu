@@ -95,8 +95,7 @@ Tensor gather_rows(const Tensor& src, const Tensor& index, double fill) {
   args.out = static_cast<char*>(g.out.mutable_data_ptr());
   args.rows = g.rows;
   args.source_rows = g.source_rows;
-  // Indices are below 2^31, so a longer dim is never left; at least 1 because the kernel divides before it looks.
-  args.inner_rows = static_cast<unsigned>(std::clamp<int64_t>(g.inner_rows, 1, int64_t{1} << 31));
+  args.inner_rows = g.inner_rows;
   args.outer_stride = g.outer_stride;
   args.row_stride = g.row_stride;
   args.head_stride = g.head_stride;
