@@ -1,37 +1,34 @@
 """Loads the two native modules and remembers why one of them is missing."""
 
+import importlib
 import json
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def _read_build():
     try:
-        return json.loads((_FOLDER / "_build.json").read_text())
+        return json.loads((FOLDER / "_build.json").read_text())
     except OSError:
-        return {"native": False, "missing": "the package was not built (pip install it)", "cuda_archs": []}
+        return {"native": False, "missing": "the package was not built (pip install . in its folder)", "cuda_archs": []}
 
 
-def _load():
-    """(is _C loaded, why not)."""
+def _load(name):
+    """(module or None, why not)."""
     if not BUILD["native"]:
-        return False, BUILD["missing"]
+        return None, BUILD["missing"]
     try:
-        from flowattn import _C  # noqa: F401
+        return importlib.import_module(f"flowattn.{name}"), ""
     except ImportError as error:
-        return False, f"flowattn._C did not load: {error}"
-    return True, ""
+        return None, f"flowattn.{name} did not load: {error}"
 
 
 BUILD = _read_build()  # {"native": bool, "missing": str, "cuda_archs": [str]}
-LOADED, MISSING = _load()
+_module, MISSING = _load("_C")
+LOADED = _module is not None
 CUDA_BUILT = LOADED and bool(BUILD["cuda_archs"])
-
-try:
-    from flowattn import _host as host
-except ImportError:
-    host = None  # numpy fallbacks serve
+host, HOST_MISSING = _load("_host")  # without it numpy fallbacks serve
 
 
 def refuse_cpu(tensor):
