@@ -5,7 +5,7 @@ flowattn._host  torch-free pybind11 helpers
 
 Environment:
   FLOWATTN_CUDA=auto|0|1     auto (default): CUDA kernels when nvcc is found and the installed torch is a CUDA build
-  FLOWATTN_CUDA_ARCHS=...    default "8.0;9.0a"
+  FLOWATTN_CUDA_ARCHS=...    default "8.0+PTX;9.0a"; +PTX: GPUs newer than the build compile that code at first use
   FLOWATTN_NATIVE=0          install the pure-Python package only
   CXX, CUDA_HOME, MAX_JOBS   compiler, CUDA toolkit, parallel compile jobs
 
@@ -107,7 +107,11 @@ def cuda_wanted():
 
 
 def cuda_archs():
-    return [a.strip() for a in os.environ.get("FLOWATTN_CUDA_ARCHS", "8.0;9.0a").split(";") if a.strip()]
+    archs = [a.strip() for a in os.environ.get("FLOWATTN_CUDA_ARCHS", "8.0+PTX;9.0a").split(";")]
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\da?(\+PTX)?", arch):
+            raise SystemExit(f"setup.py: FLOWATTN_CUDA_ARCHS must read like 8.0+PTX;9.0a; got {arch!r}")
+    return archs
 
 
 def cuda_sources():
@@ -145,7 +149,11 @@ class Ninja:
 
 def nvcc_flags(archs):
     includes = [f"-I{ROOT / 'csrc'}", f"-isystem={installed_torch() / 'include'}"]
-    codes = [f"-gencode=arch=compute_{a.replace('.', '')},code=sm_{a.replace('.', '')}" for a in archs]
+    codes = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        kinds = f"sm_{number},compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
+        codes.append(f"'-gencode=arch=compute_{number},code=[{kinds}]'")
     return NVCCFLAGS + includes + codes + [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}", "-DUSE_CUDA"]
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from flowattn import _native
+
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 
@@ -145,7 +147,7 @@ def refuse_triton(tensor):
         return "triton is not installed (pip install triton)"
     if not tensor.is_cuda and not _INTERPRETED:
         return f"needs CUDA tensors, or TRITON_INTERPRET=1; got {tensor.device.type}"
-    if tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if tensor.is_cuda and torch.version.hip is None and _native.capability(tensor.device) < (8, 0):
         return "needs compute capability 8.0 or later"
     return None
 
