@@ -248,7 +248,7 @@ def cuda_check():
     if missing() or not find_nvcc():
         raise SystemExit(f"cuda-check: {missing() or 'no nvcc on PATH or in CUDA_HOME'}")
     if not cuda_sources():
-        raise SystemExit("cuda-check: no csrc/cuda/*.cu")
+        return print("cuda-check: csrc/cuda has no .cu files")
     ninja = Ninja(ROOT / "build" / "cuda-check")
     libraries = []
     for arch in ("8.0", "9.0a"):
