@@ -202,7 +202,7 @@ class BuildNative(build_ext):
                 link.symlink_to(Path("../../triton_kernels"))
         if missing():  # `setup.py build_ext --inplace` alone comes here
             return record(PACKAGE)
-        cuda = cuda_wanted()
+        cuda, archs = cuda_wanted(), cuda_archs()
         folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}{'-cuda' if cuda else ''}"
         ninja = Ninja(folder)
         self.add_kernels(ninja, cuda)
@@ -212,7 +212,7 @@ class BuildNative(build_ext):
             target = Path(self.get_ext_fullpath(f"flowattn.{name}")).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / f"{name}.so", target)
-        record(target.parent, cuda_archs() if cuda and cuda_sources() else ())
+        record(target.parent, archs if cuda and cuda_sources() else ())
 
     def add_kernels(self, ninja, cuda):
         includes = [f"-isystem {path}" for path in (installed_torch() / "include", sysconfig.get_path("include"))]
