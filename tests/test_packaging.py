@@ -24,7 +24,8 @@ plan = fa.pack_plan(mask)
 x = fa.pack(torch.ones(2, 3, 4), plan)[:, None]
 out = fa.varlen_attention(x, x, x, plan.cu_seqlens)
 assert torch.equal(fa.unpack(out[:, 0], plan), mask[..., None].float().expand(2, 3, 4))
-print(fa.__file__, fa.explain("varlen_attention", x, x, x, plan.cu_seqlens), sep="\\n")
+print(fa.__file__)
+print(fa.explain("varlen_attention", x, x, x, plan.cu_seqlens))
 """
 
 
