@@ -7,8 +7,8 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Torch-free helpers of flowattn";
-  m.def("compiler", [] { return std::string(__VERSION__); }, "Version of the compiler that built the native modules.");
   m.def(
       "cpu_isa", [] { return std::string(flowattn::isa_name()); },
       "Instruction set of the kernels chosen on this CPU.");
+  m.def("compiler", [] { return std::string(__VERSION__); }, "Version of the compiler that built the native modules.");
 }
