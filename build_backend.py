@@ -4,6 +4,9 @@ The native library is built on the LibTorch Stable ABI and needs torch's headers
 torch that is already installed beside it instead of downloading a second one.
 """
 
+import re
+import site
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -11,10 +14,32 @@ from setuptools.build_meta import *  # noqa: F403
 from setuptools.build_meta import get_requires_for_build_editable as _editable_requires
 from setuptools.build_meta import get_requires_for_build_wheel as _wheel_requires
 
+TORCH_MINIMUM = (2, 10)
+
+
+def _folders():
+    """Where packages are installed; build isolation takes some of these from sys.path, but not from disk."""
+    yield sysconfig.get_path("platlib")
+    settings = Path(sys.prefix) / "pyvenv.cfg"
+    if settings.is_file() and re.search(r"(?mi)^include-system-site-packages *= *true", settings.read_text()):
+        yield from site.getsitepackages([sys.base_prefix])
+        yield site.getusersitepackages()
+    yield from sys.path
+
+
+def installed_torch():
+    """Folder of the first installed torch that is new enough, without importing it, or None."""
+    for folder in _folders():
+        torch = Path(folder) / "torch"
+        if (torch / "include").is_dir() and (torch / "version.py").is_file():
+            version = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+            if version and tuple(map(int, version.groups())) >= TORCH_MINIMUM:
+                return torch
+    return None
+
 
 def _torch_requirement():
-    installed = (Path(sysconfig.get_path("platlib")) / "torch" / "include").is_dir()
-    return [] if installed else ["torch>=2.10"]
+    return [] if installed_torch() else ["torch>=" + ".".join(map(str, TORCH_MINIMUM))]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -5,13 +5,16 @@ flowattn._host  torch-free pybind11 helpers
 
 Environment:
   FLOWATTN_CUDA=auto|0|1     auto (default): CUDA kernels when nvcc is found and the installed torch is a CUDA build
-  FLOWATTN_CUDA_ARCHS=...    default "8.0;9.0a"
+  FLOWATTN_CUDA_ARCHS=...    default "8.0+PTX;9.0a"; +PTX: GPUs newer than the build compile that code at first use
   FLOWATTN_NATIVE=0          install the pure-Python package only
+  CXX, CUDA_HOME, MAX_JOBS   compiler, CUDA toolkit, parallel compile jobs
 
-A build that cannot be made (no compiler, no torch headers) leaves a working pure-Python package and says what is
-missing in one line; `python -m flowattn.info` repeats it.
+Where something the build needs is missing (compiler, torch headers) the result is a working pure-Python package (wheel
+tag py3-none-any) and one line that names it; `python -m flowattn.info` repeats the line. Code that does not compile
+is an error.
 """
 
+import functools
 import json
 import os
 import re
@@ -22,11 +25,16 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+from build_backend import TORCH_MINIMUM, installed_torch
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "python" / "flowattn"
-STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
+MODULES = ("_C", "_host")
+STABLE_ABI_TARGET = "0x{:02x}{:02x}000000000000".format(*TORCH_MINIMUM)
 PYTHON_ABI_TARGET = "0x030a0000"  # Python 3.10
 
 # Kernels named *_kernel.cpp are compiled once per instruction set and picked at run time (csrc/cpu/isa.h).
@@ -36,52 +44,95 @@ KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "
 NVCCFLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-lineinfo"]
 
 
-class MissingTool(RuntimeError):
-    """A prerequisite of the native build that is not here; the text names it."""
+def find_cxx():
+    if "CXX" in os.environ:
+        cxx = os.environ["CXX"]
+        return cxx if shutil.which(cxx.split()[0]) else None
+    return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
 
 
-def find_torch():
-    """Folder of the installed torch, without importing it (build isolation hides it from import, not from disk)."""
-    for entry in [sysconfig.get_path("platlib"), *sys.path]:
-        if (Path(entry) / "torch" / "include" / "torch" / "csrc" / "stable").is_dir():
-            return Path(entry) / "torch"
-    raise MissingTool("no torch>=2.10 headers (install torch first)")
+def find_ninja():
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        return shutil.which("ninja")
+    return str(Path(BIN_DIR) / "ninja")
 
 
-def torch_is_cuda_build(torch_dir):
-    match = re.search(r"^cuda[^=]*= *(.+)$", (torch_dir / "version.py").read_text(), re.M)
-    return bool(match) and match.group(1).strip() != "None"
+def find_pybind11():
+    try:
+        import pybind11
+    except ImportError:
+        return None
+    return pybind11.get_include()
 
 
 def find_nvcc():
-    home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if "CUDA_HOME" in os.environ:
+        return shutil.which("nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def cuda_wanted(torch_dir):
+@functools.cache
+def missing():
+    """What keeps the native modules from being built here, in one line, or None."""
+    if os.environ.get("FLOWATTN_NATIVE", "1") == "0":
+        return "FLOWATTN_NATIVE=0 was set"
+    if sys.platform != "linux":
+        return f"native kernels are built on Linux only; this is {sys.platform}"
+    if not find_cxx():
+        return "no C++ compiler (install g++ 11 or later, or set CXX)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "no Python headers (install python3-dev)"
+    if not installed_torch():
+        return "no torch>={}.{} headers (install torch first)".format(*TORCH_MINIMUM)
+    for name, found in (("ninja", find_ninja()), ("pybind11", find_pybind11())):
+        if not found:
+            return f"no {name} (pip install {name})"
+    return None
+
+
+def torch_is_cuda_build():
+    match = re.search(r"^cuda[^=]*= *(.+)$", (installed_torch() / "version.py").read_text(), re.M)
+    return bool(match) and match.group(1).strip() != "None"
+
+
+def cuda_wanted():
     switch = os.environ.get("FLOWATTN_CUDA", "auto")
     if switch not in ("auto", "0", "1"):
         raise SystemExit(f"setup.py: FLOWATTN_CUDA must be auto, 0 or 1; got {switch!r}")
     if switch == "1" and not find_nvcc():
-        raise SystemExit("setup.py: FLOWATTN_CUDA=1 needs nvcc; got none on PATH or in CUDA_HOME (install the toolkit)")
-    return switch == "1" or (switch == "auto" and bool(find_nvcc()) and torch_is_cuda_build(torch_dir))
+        raise SystemExit("setup.py: FLOWATTN_CUDA=1 needs nvcc; got none (install the CUDA toolkit, or set CUDA_HOME)")
+    return switch == "1" or (switch == "auto" and bool(find_nvcc()) and torch_is_cuda_build())
 
 
 def cuda_archs():
-    return [a.strip() for a in os.environ.get("FLOWATTN_CUDA_ARCHS", "8.0;9.0a").split(";") if a.strip()]
+    archs = [a.strip() for a in os.environ.get("FLOWATTN_CUDA_ARCHS", "8.0+PTX;9.0a").split(";")]
+    for arch in archs:
+        if not re.fullmatch(r"\d+\.\da?(\+PTX)?", arch):
+            raise SystemExit(f"setup.py: FLOWATTN_CUDA_ARCHS must read like 8.0+PTX;9.0a; got {arch!r}")
+    return archs
+
+
+def cuda_sources():
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 class Ninja:
     """A build.ninja file: compile rules, one edge per object, one link edge per module."""
 
     def __init__(self, folder):
-        self.folder, self.lines = folder, []
+        self.folder = folder
         depfile = "\n  depfile = $out.d\n  deps = gcc"
-        self.lines += [
+        self.lines = [
             "ninja_required_version = 1.3",
+            f"cxx = {find_cxx()}",
+            f"nvcc = {find_nvcc()}",
             f"rule cxx\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out{depfile}\n  description = C++ $in $isa",
             f"rule nvcc\n  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out{depfile}\n  description = CUDA $in",
             "rule link\n  command = $cxx -shared $in -o $out $flags\n  description = link $out",
+            # nvcc knows where its own static cudart lies.
+            "rule nvlink\n  command = $nvcc -shared -cudart=static $in -o $out $flags\n  description = link $out",
         ]
 
     def edge(self, rule, output, inputs, **variables):
@@ -91,67 +142,81 @@ class Ninja:
     def run(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        try:
-            from ninja import BIN_DIR
-
-            ninja = str(Path(BIN_DIR) / "ninja")
-        except ImportError:
-            ninja = shutil.which("ninja")
-        if not ninja:
-            raise MissingTool("no ninja (pip install ninja)")
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run([ninja, "-C", str(self.folder), *jobs], check=True)
+        if subprocess.run([find_ninja(), "-C", str(self.folder), *jobs]).returncode:
+            raise SystemExit("setup.py: the native build failed, see above (FLOWATTN_NATIVE=0 installs without it)")
 
 
-def nvcc_flags(torch_dir, archs):
-    includes = [f"-I{ROOT / 'csrc'}", f"-isystem={torch_dir / 'include'}"]
-    codes = [f"-gencode=arch=compute_{a.replace('.', '')},code=sm_{a.replace('.', '')}" for a in archs]
+def nvcc_flags(archs):
+    includes = [f"-I{ROOT / 'csrc'}", f"-isystem={installed_torch() / 'include'}"]
+    codes = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        kinds = f"sm_{number},compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"
+        codes.append(f"'-gencode=arch=compute_{number},code=[{kinds}]'")
     return NVCCFLAGS + includes + codes + [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}", "-DUSE_CUDA"]
 
 
-def cuda_sources():
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+def torch_link_flags():
+    """In the form that g++ and nvcc both hand on to the linker."""
+    libraries = ["--no-as-needed", f"-L{installed_torch() / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return [f"-Xlinker {option}" for option in [*libraries, "--exclude-libs=ALL"]]
+
+
+def record(package, archs=()):
+    """Write what flowattn._native reads: whether the native modules are there, or why not."""
+    reason = missing()
+    if reason:
+        print(f"flowattn: installed without native kernels: {reason}", file=sys.stderr, flush=True)
+    package.mkdir(parents=True, exist_ok=True)
+    state = {"native": not reason, "missing": reason or "", "cuda_archs": list(archs)}
+    (package / "_build.json").write_text(json.dumps(state))
+
+
+class Build(build):
+    """Starts from an empty build_lib: what an earlier build left there would end up in the wheel."""
+
+    def run(self):
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildPython(build_py):
+    """Without native modules setuptools runs no build_ext, so the reason is recorded here."""
+
+    def run(self):
+        super().run()
+        if missing():
+            if os.environ.get("FLOWATTN_CUDA") == "1":
+                raise SystemExit(f"setup.py: FLOWATTN_CUDA=1 cannot be done: {missing()}")
+            record(PACKAGE if self.editable_mode else Path(self.build_lib) / "flowattn")
 
 
 class BuildNative(build_ext):
     """Builds both modules into build_lib, or into the source tree for an editable install."""
 
     def run(self):
-        native, reason, cuda = False, "", False
-        try:
-            if os.environ.get("FLOWATTN_NATIVE", "1") == "0":
-                raise MissingTool("FLOWATTN_NATIVE=0 was set")
-            cuda = self.build_native()
-            native = True
-        except MissingTool as error:
-            reason = str(error)
-            print(f"flowattn: installed without native kernels: {reason}", file=sys.stderr, flush=True)
-        package = PACKAGE if self.inplace else Path(self.build_lib) / "flowattn"
-        package.mkdir(parents=True, exist_ok=True)
-        archs = cuda_archs() if cuda else []
-        (package / "_build.json").write_text(json.dumps({"native": native, "missing": reason, "cuda_archs": archs}))
-
-    def build_native(self):
-        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-        if not cxx or not shutil.which(cxx.split()[0]):
-            raise MissingTool("no C++ compiler (install g++ 11 or later, or set CXX)")
-        torch_dir = find_torch()
-        cuda = cuda_wanted(torch_dir)
+        if self.inplace:
+            link = PACKAGE / "triton_kernels"  # lets PYTHONPATH=python serve without an installation
+            if not link.is_symlink():
+                link.symlink_to(Path("../../triton_kernels"))
+        if missing():  # `setup.py build_ext --inplace` alone comes here
+            return record(PACKAGE)
+        cuda, archs = cuda_wanted(), cuda_archs()
         folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}{'-cuda' if cuda else ''}"
-        outputs = {name: Path(self.get_ext_fullpath(f"flowattn.{name}")).resolve() for name in ("_C", "_host")}
         ninja = Ninja(folder)
-        ninja.lines += [f"cxx = {cxx}", f"nvcc = {find_nvcc()}"]
-        self.add_kernels(ninja, torch_dir, cuda, folder / "_C.so")
-        self.add_host(ninja, folder / "_host.so")
+        self.add_kernels(ninja, cuda)
+        self.add_host(ninja)
         ninja.run()
-        for name, target in outputs.items():
+        for name in MODULES:
+            target = Path(self.get_ext_fullpath(f"flowattn.{name}")).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / f"{name}.so", target)
-        return cuda
+        record(target.parent, archs if cuda and cuda_sources() else ())
 
-    def add_kernels(self, ninja, torch_dir, cuda, output):
-        python_include = sysconfig.get_path("include")
-        common = [f"-I{ROOT / 'csrc'}", f"-isystem {torch_dir / 'include'}", f"-isystem {python_include}"]
+    def add_kernels(self, ninja, cuda):
+        includes = [f"-isystem {path}" for path in (installed_torch() / "include", sysconfig.get_path("include"))]
+        common = [f"-I{ROOT / 'csrc'}", *includes]
         common += [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}", f"-DPy_LIMITED_API={PYTHON_ABI_TARGET}"]
         objects = []
         for source in [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
@@ -164,49 +229,47 @@ class BuildNative(build_ext):
             else:
                 objects.append(f"{source.stem}.o")
                 ninja.edge("cxx", objects[-1], [source], flags=CXXFLAGS + common)
-        link = [f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed -ltorch -ltorch_cpu -lc10", "-Wl,--exclude-libs,ALL"]
-        if cuda:
-            for source in cuda_sources():
-                objects.append(f"{source.stem}.cuda.o")
-                ninja.edge("nvcc", objects[-1], [source], flags=nvcc_flags(torch_dir, cuda_archs()))
-            home = Path(os.path.realpath(find_nvcc())).parents[1]
-            link += [f"-L{home / folder}" for folder in ("lib64", "lib", "targets/x86_64-linux/lib")]
-            link += ["-Wl,-Bstatic -lcudart_static -Wl,-Bdynamic -ldl -lrt -lpthread"]
-        ninja.edge("link", output.name, objects, flags=link)
+        for source in cuda_sources() if cuda else []:
+            objects.append(f"{source.stem}.cuda.o")
+            ninja.edge("nvcc", objects[-1], [source], flags=nvcc_flags(cuda_archs()))
+        ninja.edge("nvlink" if cuda else "link", "_C.so", objects, flags=torch_link_flags())
 
-    def add_host(self, ninja, output):
-        try:
-            import pybind11
-        except ImportError as error:
-            raise MissingTool("no pybind11 (pip install pybind11)") from error
-        includes = [f"-isystem {pybind11.get_include()}", f"-isystem {sysconfig.get_path('include')}"]
+    def add_host(self, ninja):
+        includes = [f"-isystem {path}" for path in (find_pybind11(), sysconfig.get_path("include"))]
         objects = []
         for source in sorted((ROOT / "csrc" / "host").glob("*.cpp")):
             objects.append(f"host_{source.stem}.o")
-            ninja.edge("cxx", objects[-1], [source], flags=CXXFLAGS + includes)
-        ninja.edge("link", output.name, objects, flags=[])
+            ninja.edge("cxx", objects[-1], [source], flags=[*CXXFLAGS, f"-I{ROOT / 'csrc'}", *includes])
+        ninja.edge("link", "_host.so", objects, flags=[])
 
 
 def cuda_check():
-    """Compile every .cu for sm_80 and sm_90a; needs nvcc and torch's headers, no GPU."""
-    if not find_nvcc():
-        raise SystemExit("cuda-check: no nvcc on PATH or in CUDA_HOME")
-    torch_dir = find_torch()
+    """Compile every .cu for sm_80 and sm_90a and load the result; a CPU-only torch and no GPU will do."""
+    if missing() or not find_nvcc():
+        raise SystemExit(f"cuda-check: {missing() or 'no nvcc on PATH or in CUDA_HOME'}")
+    if not cuda_sources():
+        return print("cuda-check: csrc/cuda has no .cu files")
     ninja = Ninja(ROOT / "build" / "cuda-check")
-    ninja.lines.append(f"nvcc = {find_nvcc()}")
+    libraries = []
     for arch in ("8.0", "9.0a"):
-        for source in cuda_sources():
-            ninja.edge("nvcc", f"{source.stem}.sm{arch}.o", [source], flags=nvcc_flags(torch_dir, [arch]))
+        objects = [f"{source.stem}.sm{arch}.o" for source in cuda_sources()]
+        for source, output in zip(cuda_sources(), objects):
+            ninja.edge("nvcc", output, [source], flags=nvcc_flags([arch]))
+        libraries.append(f"cuda.sm{arch}.so")
+        ninja.edge("nvlink", libraries[-1], objects, flags=torch_link_flags())
     ninja.run()
-    print(f"cuda-check: {len(cuda_sources())} files compile for sm_80 and sm_90a")
+    load = "import ctypes, os, sys, torch; ctypes.CDLL(sys.argv[1], os.RTLD_NOW)"
+    for library in libraries:
+        subprocess.run([sys.executable, "-c", load, str(ninja.folder / library)], check=True)
+    print(f"cuda-check: {len(cuda_sources())} files compile for sm_80 and sm_90a and load beside the installed torch")
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["cuda_check"]:
         cuda_check()
     else:
-        extensions = [
-            Extension("flowattn._C", [], py_limited_api=True),
-            Extension("flowattn._host", []),
-        ]
-        setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
+        extensions = [Extension("flowattn._C", [], py_limited_api=True), Extension("flowattn._host", [])]
+        setup(
+            ext_modules=[] if missing() else extensions,
+            cmdclass={"build": Build, "build_py": BuildPython, "build_ext": BuildNative},
+        )

@@ -1,4 +1,4 @@
-// Module entry of flowattn._C. Schemas live in python/flowattn/_schemas.py, so that the ops exist with or without this
+// Module entry of flowattn._C. Schemas live in python/flowattn/_library.py, so that the ops exist with or without this
 // library; each csrc/cpu/<op>.cpp and csrc/cuda/<op>.cu registers its own implementations.
 #include <Python.h>
 

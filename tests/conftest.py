@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory():
-    """Fill uninitialised memory with NaN, so that an element no kernel wrote fails the test instead of passing by luck."""
+    """Fill uninitialised memory with NaN: an element no kernel wrote then fails the test instead of passing by luck."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

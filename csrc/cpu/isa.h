@@ -9,19 +9,19 @@
 #endif
 
 #if defined(__x86_64__)
-#  define FA_ISA_DECLARE(signature)   \
-    namespace flowattn::baseline {    \
-    signature;                        \
-    }                                 \
-    namespace flowattn::avx2 {        \
-    signature;                        \
-    }                                 \
-    namespace flowattn::avx512 {      \
-    signature;                        \
+#  define FA_ISA_DECLARE(signature) \
+    namespace flowattn::baseline {  \
+    signature;                      \
+    }                               \
+    namespace flowattn::avx2 {      \
+    signature;                      \
+    }                               \
+    namespace flowattn::avx512 {    \
+    signature;                      \
     }
-#  define FA_ISA_CALL(function, ...)                                                                    \
-    (flowattn::isa_level() == 2   ? flowattn::avx512::function(__VA_ARGS__)                              \
-     : flowattn::isa_level() == 1 ? flowattn::avx2::function(__VA_ARGS__)                                \
+#  define FA_ISA_CALL(function, ...)                                        \
+    (flowattn::isa_level() == 2   ? flowattn::avx512::function(__VA_ARGS__) \
+     : flowattn::isa_level() == 1 ? flowattn::avx2::function(__VA_ARGS__)   \
                                   : flowattn::baseline::function(__VA_ARGS__))
 #else
 #  define FA_ISA_DECLARE(signature) \
@@ -41,6 +41,11 @@ inline int isa_level() {
 #else
   return 0;
 #endif
+}
+
+inline const char* isa_name() {
+  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+  return names[isa_level()];
 }
 
 }  // namespace flowattn

@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "cpu/isa.h"
 #include "packing.h"
 
 namespace py = pybind11;
@@ -22,6 +23,9 @@ static py::tuple pack_sequences(const Int64Array& lengths, int64_t capacity) {
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Torch-free helpers of flowattn";
+  m.def(
+      "cpu_isa", [] { return std::string(flowattn::isa_name()); },
+      "Instruction set of the kernels chosen on this CPU.");
   m.def("compiler", [] { return std::string(__VERSION__); }, "Version of the compiler that built the native modules.");
   m.def("pack_sequences", &pack_sequences, py::arg("lengths").noconvert(), py::arg("capacity"),
         "(order, offsets) of a best-fit decreasing packing of int64 lengths; see flowattn.pack_sequences.");

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from flowattn import _native
+
 NAMES = ("cuda", "triton", "cpu", "reference")
 
 
@@ -24,13 +26,13 @@ class Backend(NamedTuple):
     bwd: object = None
 
 
-def _checked(name):
+def _checked(source, name):
     if name is not None and name not in NAMES:
-        raise ValueError(f"backend: must be one of {', '.join(NAMES)}; got {name!r}")
+        raise ValueError(f"{source}: must be one of {', '.join(NAMES)}; got {name!r}")
     return name
 
 
-_forced = _checked(os.environ.get("FLOWATTN_BACKEND") or None)
+_forced = _checked("FLOWATTN_BACKEND", os.environ.get("FLOWATTN_BACKEND") or None)
 _strict = os.environ.get("FLOWATTN_STRICT", "0") == "1"
 _tables = {}
 _warned = set()
@@ -43,7 +45,7 @@ def use_backend(name):
     A call that the backend refuses raises NotImplementedError with the reason. `None` gives back the free choice.
     """
     global _forced
-    before, _forced = _forced, _checked(name)
+    before, _forced = _forced, _checked("use_backend", name)
     try:
         yield
     finally:
@@ -54,23 +56,29 @@ class Table:
     """The backends of one op in order of preference.
 
     `prepare` turns the public arguments into the `call` tuple that every `refuse` sees, after checking them.
+    `probe(device)` gives the positional arguments of a tiny legal call, for `python -m flowattn.info`.
     """
 
-    def __init__(self, op, prepare, *backends):
-        self.op, self.prepare, self.backends = op, prepare, backends
+    def __init__(self, op, prepare, *backends, probe):
+        self.op, self.prepare, self.backends, self.probe = op, prepare, backends, probe
         _tables[op] = self
 
     def choose(self, *call):
+        backend = self.pick(call)
+        if backend.name == "reference" and _forced is None and call[0].is_cuda:
+            self._fall_back(call)
+        return backend
+
+    def pick(self, call):
+        """The backend that serves `call`, without the warning."""
         if _forced is not None:
-            return self._choose_forced(call)
+            return self._pick_forced(call)
         for backend in self.backends:
             if backend.refuse(*call) is None:
-                if backend.name == "reference" and call[0].is_cuda:
-                    self._fall_back(call)
                 return backend
         raise NotImplementedError(f"{self.op}: no backend takes this call:\n{self.describe(call)}")
 
-    def _choose_forced(self, call):
+    def _pick_forced(self, call):
         for backend in self.backends:
             if backend.name == _forced:
                 reason = backend.refuse(*call)
@@ -89,14 +97,16 @@ class Table:
             warnings.warn(message, FallbackWarning, stacklevel=4)
 
     def describe(self, call):
-        lines, taken = [], False
+        """One line a backend: chosen, ok, or refused and why."""
+        lines, chosen = [], False
         for backend in self.backends:
+            arrow, verdict = "  ", "ok"
             reason = backend.refuse(*call)
-            if reason is None:
-                lines.append(f"  {'->' if not taken else '  '} {backend.name:<10} {'ok' if taken else 'chosen'}")
-                taken = True
-            else:
-                lines.append(f"     {backend.name:<10} refused: {reason}")
+            if reason is not None:
+                verdict = f"refused: {reason}"
+            elif not chosen and _forced in (None, backend.name):
+                arrow, verdict, chosen = "->", "chosen" if _forced is None else "chosen (forced)", True
+            lines.append(f"  {arrow} {backend.name:<10} {verdict}")
         return "\n".join(lines)
 
 
@@ -106,9 +116,11 @@ def explain(op, *args, **kwargs):
     >>> q = torch.randn(5, 2, 8)
     >>> cu = torch.tensor([0, 2, 5], dtype=torch.int32)
     >>> with use_backend("reference"):
-    ...     explain("varlen_attention", q, q, q, cu)  # doctest: +ELLIPSIS
+    ...     name = explain("varlen_attention", q, q, q, cu)  # doctest: +ELLIPSIS
     varlen_attention
     ...
+      -> reference  chosen (forced)
+    >>> name
     'reference'
     """
     if op not in _tables:
@@ -117,9 +129,7 @@ def explain(op, *args, **kwargs):
     call = table.prepare(*args, **kwargs)
     print(table.op)
     print(table.describe(call))
-    if _forced is not None:
-        print(f"  forced: {_forced}")
-    return table.choose(*call).name
+    return table.pick(call).name
 
 
 def tables():
@@ -137,7 +147,7 @@ def refuse_triton(tensor):
         return "triton is not installed (pip install triton)"
     if not tensor.is_cuda and not _INTERPRETED:
         return f"needs CUDA tensors, or TRITON_INTERPRET=1; got {tensor.device.type}"
-    if tensor.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if tensor.is_cuda and torch.version.hip is None and _native.capability(tensor.device) < (8, 0):
         return "needs compute capability 8.0 or later"
     return None
 

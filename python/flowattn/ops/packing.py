@@ -203,6 +203,16 @@ def _prepare_pack(x, plan):
     return x, plan.indices, 0.0
 
 
+def _probe_plan(device):
+    return (torch.ones(1, 2, dtype=torch.bool, device=device),)
+
+
+def _probe_pack(device):
+    (mask,) = _probe_plan(device)
+    with dispatch.use_backend("reference"):
+        return mask[..., None].float(), pack_plan(mask)
+
+
 def _refuse_cuda(tensor, *rest):
     return _native.refuse_cuda(tensor)
 
@@ -217,6 +227,7 @@ _PLAN = dispatch.Table(
     dispatch.Backend("cuda", _refuse_cuda, _plan_op),
     dispatch.Backend("cpu", _refuse_cpu, _plan_op),
     dispatch.Backend("reference", dispatch.never, reference.pack_plan),
+    probe=_probe_plan,
 )
 _GATHER = dispatch.Table(
     "pack",
@@ -224,6 +235,7 @@ _GATHER = dispatch.Table(
     dispatch.Backend("cuda", _refuse_cuda, _gather_op),
     dispatch.Backend("cpu", _refuse_cpu, _gather_op),
     dispatch.Backend("reference", dispatch.never, reference.gather_rows),
+    probe=_probe_pack,
 )
 
 

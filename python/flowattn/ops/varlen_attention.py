@@ -188,12 +188,18 @@ def _refuse_triton(q, k, v, *rest):
     return reason
 
 
+def _probe(device):
+    x = torch.zeros(2, 1, 64, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
+    return x, x, x, torch.tensor([0, 2], dtype=torch.int32, device=device)
+
+
 _TABLE = dispatch.Table(
     _OP,
     _prepare,
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("triton", _refuse_triton, _fwd_triton, _bwd_triton),
     dispatch.Backend("reference", dispatch.never, None),
+    probe=_probe,
 )
 
 

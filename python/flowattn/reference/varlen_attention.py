@@ -16,7 +16,7 @@ def visible(lq, lk, window_left, window_right, top_left, device=None):
 
 
 def attend(q, k, v, keep, scale, *, softcap=0.0, bias=None):
-    """One sequence: q (Lq, H, D), k and v (Lk, Hkv, D), keep (Lq, Lk), bias (H, Lq, Lk) -> out (Lq, H, D), lse (H, Lq)."""
+    """One sequence: q (Lq, H, D), k, v (Lk, Hkv, D), keep (Lq, Lk), bias (H, Lq, Lk) -> out (Lq, H, D), lse (H, Lq)."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) if group != 1 else x for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
@@ -25,7 +25,7 @@ def attend(q, k, v, keep, scale, *, softcap=0.0, bias=None):
     if bias is not None:
         scores = scores + bias
     scores = scores.masked_fill(~keep, float("-inf"))
-    top = scores.detach().amax(-1, keepdim=True) if k.shape[0] else scores.new_full((*scores.shape[:2], 1), float("-inf"))
+    top = scores.detach().amax(-1, keepdim=True) if k.shape[0] else scores.new_zeros((*scores.shape[:2], 1))
     top = top.masked_fill(top == float("-inf"), 0.0)  # a row that sees no key
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
@@ -36,8 +36,9 @@ def attend(q, k, v, keep, scale, *, softcap=0.0, bias=None):
 
 
 def varlen_attention(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window_left, window_right, top_left, *, softcap=0.0, alibi_slopes=None, bias=None
-):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window_left, window_right, top_left, *, softcap=0.0, alibi_slopes=None,
+    bias=None,
+):  # fmt: skip
     """The contract of ops.varlen_attention in code; computes in float32 (float64 for float64 inputs)."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     heads, starts_q, starts_k = q.shape[1], cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -55,7 +56,8 @@ def varlen_attention(
             part = (bias[b] if bias.dim() == 4 else bias)[:, :lq, :lk].to(work)
             added = part if added is None else added + part
         keep = visible(lq, lk, window_left, window_right, top_left, q.device)
-        out, lse = attend(q[rows].to(work), k[keys].to(work), v[keys].to(work), keep, scale, softcap=softcap, bias=added)
+        parts = q[rows].to(work), k[keys].to(work), v[keys].to(work)
+        out, lse = attend(*parts, keep, scale, softcap=softcap, bias=added)
         outs.append(out)
         lses.append(lse)
     rest = q.shape[0] - starts_q[-1]  # rows beyond the last sequence: zeros
