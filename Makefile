@@ -80,12 +80,10 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Without a GPU the CPU build: from the configured index, else from PyTorch's own, else whatever the pin gives.
+# Without a GPU the CPU build, where the configured index has it.
 $(VENV)/.torch: $(VENV)/.made constraints.txt
 	@echo "== installing torch $(TORCH) and the build tools"
-	@if nvidia-smi >/dev/null 2>&1; then $(PIP) torch; else \
-	$(PIP) torch==$(TORCH)+cpu 2>/dev/null || \
-	$(PIP) torch==$(TORCH)+cpu --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu || $(PIP) torch; fi
+	@if nvidia-smi >/dev/null 2>&1; then $(PIP) torch; else $(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) torch; fi
 	$(PIP) "setuptools>=77" ninja "pybind11>=2.13"
 	@touch $@
 
