@@ -179,6 +179,25 @@ def _refuse_cpu(q, *rest):
     return _native.refuse_cpu(q) or _refuse_extras(rest[-1])
 
 
+def _refuse_cuda(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, extras):
+    reason = _native.refuse_cuda(q) or _refuse_extras(extras)
+    if reason is None and _native.capability(q.device) != (9, 0):
+        reason = "needs a Hopper GPU (compute capability 9.0)"
+    if reason is None and q.dtype not in (torch.float16, torch.bfloat16):
+        reason = f"needs float16 or bfloat16; got {q.dtype}"
+    if reason is None and scale < 0:
+        reason = f"needs scale >= 0; got {scale}"
+    if reason is None and any(not _fits_chunks(x) for x in (q, k, v)):
+        reason = "needs widths up to 64 and rows at multiples of 16 bytes"
+    return reason
+
+
+def _fits_chunks(x):
+    """Whether rows can be read in 16-byte chunks into tiles of width 64."""
+    chunked = x.shape[2] <= 64 and (x.shape[2] | x.stride(0) | x.stride(1)) % 8 == 0
+    return chunked and (torch.compiler.is_compiling() or x.data_ptr() % 16 == 0)
+
+
 def _refuse_triton(q, k, v, *rest):
     reason = dispatch.refuse_triton(q) or _refuse_extras(rest[-1])
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
@@ -196,6 +215,7 @@ def _probe(device):
 _TABLE = dispatch.Table(
     _OP,
     _prepare,
+    dispatch.Backend("cuda", _refuse_cuda, _fwd, _bwd_triton),
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("triton", _refuse_triton, _fwd_triton, _bwd_triton),
     dispatch.Backend("reference", dispatch.never, None),
