@@ -121,22 +121,30 @@ def attention_mask(
     _supported(not use_vmap, "custom mask functions are not supported", "one", _OTHERS)
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
-    if attention_mask is not None:
-        device = attention_mask.device
-        missing = kv_offset + kv_length - attention_mask.shape[1]
-        attention_mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(missing, 0)))
     bidirectional = mask_function is bidirectional_mask_function
     reaches_end = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if bidirectional or reaches_end or q_length == kv_length:
-        return None if attention_mask is None else _planned(attention_mask[:, kv_offset : kv_offset + kv_length])
-
-    keys = torch.arange(kv_length, device=device) + kv_offset < q_offset + q_length
-    keys = keys.expand(batch_size, kv_length)
-    queries = keys.new_ones(batch_size, q_length)
+    plain = bidirectional or reaches_end or q_length == kv_length
+    columns = None  # of the mask, one for each key
     if attention_mask is not None:
-        keys = keys & attention_mask[:, kv_offset : kv_offset + kv_length]
-        queries = attention_mask.index_select(1, torch.arange(q_length, device=device) + q_offset)
-    return _planned(keys if q_length == 1 else torch.cat([queries, keys], 1))
+        # generate() builds the masks of a static cache ahead, and the model then passes them through here again.
+        if not plain and attention_mask.shape[1] == q_length + kv_length:
+            return attention_mask
+        start = 0 if attention_mask.shape[1] == kv_length else kv_offset
+        missing = start + kv_length - attention_mask.shape[1]
+        attention_mask = torch.nn.functional.pad(attention_mask.bool(), (0, max(missing, 0)))
+        columns = attention_mask[:, start : start + kv_length]
+    if plain:
+        return None if columns is None else _planned(columns)
+
+    device = device if columns is None else columns.device
+    keys = torch.arange(kv_length, device=device) + kv_offset < q_offset + q_length
+    keys = keys.expand(batch_size, kv_length) if columns is None else keys & columns
+    if q_length == 1:
+        return _planned(keys)
+    queries = keys.new_ones(batch_size, q_length)
+    if columns is not None:
+        queries = columns.index_select(1, torch.arange(q_length, device=device) + (q_offset - kv_offset))
+    return _planned(torch.cat([queries, keys], 1))
 
 
 def _supported(condition, rule, value, hint):
