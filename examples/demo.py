@@ -29,9 +29,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 QUESTIONS = (
-    "How do I catch an exception and run clean-up code afterwards?",
-    "Which method is called when an attribute does not exist?",
-    "How are numbers formatted with a fixed number of decimals?",
+    "What happens when an exception is raised?",
+    "How does import find a module?",
+    "How do I look up a key in a dictionary?",
 )
 MIN_TOKENS, MAX_TOKENS, BATCH = 5, 256, 32
 TOLERANCE = 1e-5  # float32; on embeddings of length 1 and on hidden states of magnitude about 1

@@ -112,7 +112,7 @@ def attention_mask(
     None means that there is no mask. A mask is returned whether or not it masks anything, for asking would cost a host
     sync. Where the keys are a preallocated cache that reaches beyond the last query, the mask of the queries stands in
     front: (B, q_length + kv_length).
-    cache_position: positions of the queries, instead of q_length and q_offset (transformers < 5.4).
+    cache_position: positions of the queries, instead of q_length and q_offset (the first 5.x releases).
     """
     if not torch.compiler.is_compiling():
         unknown = sorted(set(_patterns(mask_function)) - _PATTERNS)
