@@ -71,7 +71,9 @@ def varlen_attention(
         out, lse = _reference(*call, extras)
     elif checks.needs_grad(*call[:3]):
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        out, lse = _VarlenAttention.apply(backend, deterministic, *call)
+        q, k, v, cu_q, cu_k, *options = call
+        cu_k = None if cu_k is cu_q else cu_k  # Dynamo refuses an autograd.Function that is given one tensor twice
+        out, lse = _VarlenAttention.apply(backend, deterministic, q, k, v, cu_q, cu_k, *options)
     else:
         out, lse = backend.fwd(*call)
     if batched:
@@ -82,7 +84,7 @@ def varlen_attention(
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, deterministic, q, k, v, cu_q, cu_k, tiles, *options):
-        out, lse = backend.fwd(q, k, v, cu_q, cu_k, tiles, *options)
+        out, lse = backend.fwd(q, k, v, cu_q, cu_q if cu_k is None else cu_k, tiles, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, tiles)
         ctx.bwd, ctx.options = backend.bwd, (*options, deterministic)
         ctx.set_materialize_grads(False)
@@ -94,6 +96,7 @@ class _VarlenAttention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
+        cu_k = cu_q if cu_k is None else cu_k
         dq, dk, dv = ctx.bwd(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, *ctx.options)
         return (None, None, dq, dk, dv, None, None, None, *[None] * (len(ctx.options) - 1))
 
