@@ -53,6 +53,18 @@ inline T& value_of(const RowValues& values, int64_t head, int64_t t) {
   return static_cast<T*>(values.data)[head * values.head + t * values.row];
 }
 
+// The rows begin..end of a tile of query rows that see a key of a tile of keys.
+struct RowRange {
+  int64_t begin, end;
+};
+
+inline RowRange seeing_rows(const Sequence& sequence, int64_t first_row, int64_t rows, KeyRange keys) {
+  RowRange range{0, rows};
+  while (range.begin < range.end && sequence.row_keys(first_row + range.begin).end <= keys.begin) ++range.begin;
+  while (range.begin < range.end && sequence.row_keys(first_row + range.end - 1).begin >= keys.end) --range.end;
+  return range;
+}
+
 // Sets the scores of one query row for keys first..first+n that lie outside `keys` to -inf, the row's padding too.
 template <typename T>
 inline void hide_keys(T* row, int64_t first, int64_t n, KeyRange keys) {

@@ -203,17 +203,6 @@ struct Rotate {
 };
 
 template <typename T, int Distance = kLanes<T> / 2>
-inline T reduce_max(Vec<T> v) {
-  Vec<T> other = shuffle<Rotate<Distance, kLanes<T>>, T>(v, v);
-  v = v > other ? v : other;
-  if constexpr (Distance == 1) {
-    return v[0];
-  } else {
-    return reduce_max<T, Distance / 2>(v);
-  }
-}
-
-template <typename T, int Distance = kLanes<T> / 2>
 inline T reduce_sum(Vec<T> v) {
   v += shuffle<Rotate<Distance, kLanes<T>>, T>(v, v);
   if constexpr (Distance == 1) {
@@ -246,11 +235,32 @@ inline void transpose_registers(Vec<T> (&rows)[kLanes<T>]) {
   if constexpr (Block > 1) transpose_registers<T, Block / 2>(rows);
 }
 
+// Lane i of the result is the maximum, or the sum, of the lanes of rows[i].
+template <typename T>
+inline Vec<T> max_of_rows(Vec<T> (&rows)[kLanes<T>]) {
+  transpose_registers<T>(rows);
+  Vec<T> largest = rows[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kLanes<T>; ++i) largest = largest > rows[i] ? largest : rows[i];
+  return largest;
+}
+
+template <typename T>
+inline Vec<T> sum_of_rows(Vec<T> (&rows)[kLanes<T>]) {
+  transpose_registers<T>(rows);
+  Vec<T> sum = rows[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < kLanes<T>; ++i) sum += rows[i];
+  return sum;
+}
+
 // --- exp
 
-// Within 1 ulp for float; below -87.33 it gives 0 instead of a subnormal, above 88.37 infinity.
+// Within 1 ulp for float; below -87.34 it gives 0 instead of a subnormal, above 88.37 infinity.
 inline Vec<float> exp(Vec<float> x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  constexpr float kLowest = -87.33654f, kHighest = 88.6f;
+  x = x > kHighest ? splat(kHighest) : x;  // then 2^n below is infinity
   Vec<float> n = (x * 0x1.715476p0f + kRound) - kRound;
   Vec<float> r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts, the first exact in products with n
   // Minimax fit of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of exp 3e-9.
@@ -258,11 +268,9 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * r + 0.04166839624f;
   p = p * r + 0.166665196f;
   p = p * r + 0.499999934f;
-  p = (p * r) * r + r + 1.0f;
+  p = (p * r + 1.0f) * r + 1.0f;
   Vec<int32_t> power = (__builtin_convertvector(n, Vec<int32_t>) + 127) << 23;  // 2^n
-  Vec<float> result = p * (Vec<float>)power;
-  result = x < -87.33654f ? Vec<float>{} : result;
-  return x > 88.37626f ? splat(__builtin_inff()) : result;
+  return x < kLowest ? Vec<float>{} : p * (Vec<float>)power;
 }
 
 inline Vec<double> exp(Vec<double> x) {
@@ -270,7 +278,10 @@ inline Vec<double> exp(Vec<double> x) {
   return x;
 }
 
-inline float log(float x) { return __builtin_logf(x); }
-inline double log(double x) { return __builtin_log(x); }
+template <typename V>
+inline V log(V x) {
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
 
 }  // namespace flowattn::FLOWATTN_ISA_NAMESPACE

@@ -146,13 +146,16 @@ class BackwardItem {
   void score_tile(int64_t row, int64_t rows, int64_t first, KeyRange keys) {
     constexpr int W = kLanes<T>;
     const KeySlot<T> slot = this->slot(first);
-    const int64_t n = keys.end - keys.begin, skip = keys.begin - first, ldq = at_.ldq, ldk = at_.ldk, ldv = at_.ldv;
-    gemm<T>(rows, n, op_.width, at_.q, ldq, 1, slot.kt + skip, ldk, at_.p, ldk, false);
-    gemm<T>(rows, n, op_.width_v, at_.dout, ldv, 1, slot.vt + skip, ldk, at_.ds, ldk, false);
-    for (int64_t r = 0; r < rows; ++r) {
+    const RowRange seeing = seeing_rows(sequence_, row, rows, keys);
+    const int64_t count = seeing.end - seeing.begin, n = keys.end - keys.begin, skip = keys.begin - first;
+    const int64_t ldq = at_.ldq, ldk = at_.ldk, ldv = at_.ldv;
+    const T *q = at_.q + seeing.begin * ldq, *dout = at_.dout + seeing.begin * ldv;
+    gemm<T>(count, n, op_.width, q, ldq, 1, slot.kt + skip, ldk, at_.p, ldk, false);
+    gemm<T>(count, n, op_.width_v, dout, ldv, 1, slot.vt + skip, ldk, at_.ds, ldk, false);
+    for (int64_t r = 0; r < count; ++r) {
       T *p = at_.p + r * ldk, *ds = at_.ds + r * ldk;
-      const T lse = at_.lse[r], delta = at_.delta[r];
-      hide_keys(p, keys.begin, n, sequence_.row_keys(row + r));
+      const T lse = at_.lse[seeing.begin + r], delta = at_.delta[seeing.begin + r];
+      hide_keys(p, keys.begin, n, sequence_.row_keys(row + seeing.begin + r));
       for (int64_t j = 0; j < n; j += W) {
         Vec<T> weight = exp(load(p + j) - lse);
         store(p + j, weight);
@@ -160,10 +163,12 @@ class BackwardItem {
       }
     }
     if (op_.want_dkv) {
-      gemm<T>(n, op_.width_v, rows, at_.p, 1, ldk, at_.dout, ldv, slot.dv + skip * ldv, ldv, true);
-      gemm<T>(n, op_.width, rows, at_.ds, 1, ldk, at_.q, ldq, slot.dk + skip * ldq, ldq, true);
+      gemm<T>(n, op_.width_v, count, at_.p, 1, ldk, dout, ldv, slot.dv + skip * ldv, ldv, true);
+      gemm<T>(n, op_.width, count, at_.ds, 1, ldk, q, ldq, slot.dk + skip * ldq, ldq, true);
     }
-    if (op_.want_dq) gemm<T>(rows, op_.width, n, at_.ds, ldk, 1, slot.k + skip * ldq, ldq, at_.dq, ldq, true);
+    if (op_.want_dq) {
+      gemm<T>(count, op_.width, n, at_.ds, ldk, 1, slot.k + skip * ldq, ldq, at_.dq + seeing.begin * ldq, ldq, true);
+    }
   }
 
   const VarlenAttention& op_;
