@@ -47,15 +47,20 @@ def cases(device, quick):
         yield make_case(*shape, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
 
 
-def make_case(batch, longest, heads, width, causal, dtype, device):
+def make_inputs(batch, longest, heads, width, causal, dtype, device):
+    """((q, k, v, grad_output), Batch), seeded."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(longest // 10, longest + 1, (batch,), generator=generator)
-    total = int(lengths.sum())
-    packed = torch.randn(4, total, heads, width, generator=generator).to(device, dtype)
-    q, k, v, grad_output = packed.unbind(0)
+    packed = torch.randn(4, int(lengths.sum()), heads, width, generator=generator).to(device, dtype)
     cu = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
     lengths = lengths.tolist()
-    tensor_bytes = total * heads * width * q.element_size()
+    return packed.unbind(0), Batch(lengths, cu, max(lengths), causal, fa.pack_plan(cu_seqlens=cu))
+
+
+def make_case(batch, longest, heads, width, causal, dtype, device):
+    (q, k, v, grad_output), context = make_inputs(batch, longest, heads, width, causal, dtype, device)
+    lengths = context.lengths
+    tensor_bytes = q.numel() * q.element_size()
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     flops = 4 * heads * width * pairs
     truth, plain = (by_sequence(q, k, v, grad_output, lengths, causal, work) for work in (torch.float64, dtype))
@@ -67,7 +72,7 @@ def make_case(batch, longest, heads, width, causal, dtype, device):
         plain=plain,
         bytes={"fwd": 4 * tensor_bytes, "bwd": 8 * tensor_bytes},  # q k v o; and o, do, dq, dk, dv with them
         flops={"fwd": flops, "bwd": int(BACKWARD_FLOPS * flops)},
-        context=Batch(lengths, cu, max(lengths), causal, fa.pack_plan(cu_seqlens=cu)),
+        context=context,
         atol=ATOL[dtype],
     )
 
