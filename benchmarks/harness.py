@@ -182,6 +182,7 @@ def _record(module, case, direction, name, environment, floors):
         "floor_ms": timing.floor_ms(count_bytes, count_flops, floors),
         "copy_bytes_per_s": floors["copy"],
         "matmul_flops_per_s": floors["matmul"],
+        "matmul_dtype": floors["dtype"],
         **environment,
     }
 

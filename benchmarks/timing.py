@@ -6,6 +6,7 @@ kernel runs, and its own time (tens of microseconds) would have to be subtracted
 """
 
 import gc
+import itertools
 import math
 import os
 import time
@@ -71,15 +72,17 @@ def graph_times(calls, budget):
 
 
 def wall_times(calls, device, budget):
-    """Host clock around one walk over `calls`, synchronised before and after it; times of one call."""
+    """Host clock: around a walk over all `calls`, synchronised at both ends, on a GPU; around each in turn on a CPU."""
+    groups = itertools.cycle([calls] if device.type == "cuda" else [[call] for call in calls])
 
     def walk():
+        group = next(groups)
         synchronize(device)
         start = time.perf_counter()
-        for call in calls:
+        for call in group:
             call()
         synchronize(device)
-        return (time.perf_counter() - start) * 1e3 / len(calls)
+        return (time.perf_counter() - start) * 1e3 / len(group)
 
     return summarise(_repeat(walk, budget))
 
@@ -108,7 +111,7 @@ def peak_memory(call, device):
 
 
 def measure_floors(device, dtype, quick=False):
-    """{"copy": bytes/s, read plus written; "matmul": FLOP/s in `dtype`}, by the clock that times the ops."""
+    """{"copy": bytes/s, read plus written; "matmul": FLOP/s in "dtype"}, by the clock that times the ops."""
     megabytes, size = (8, 256) if quick else (512, 8192) if device.type == "cuda" else (128, 2048)
     source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -124,6 +127,7 @@ def measure_floors(device, dtype, quick=False):
     return {
         "copy": 2 * source.numel() / seconds(lambda: target.copy_(source)),
         "matmul": 2 * size**3 / seconds(lambda: torch.mm(a, b, out=product)),
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
