@@ -5,6 +5,7 @@ the time its turn comes again. A flush between calls is not used: its dirty line
 kernel runs, and its own time (tens of microseconds) would have to be subtracted from kernels that take ten.
 """
 
+import contextlib
 import gc
 import itertools
 import math
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-GRAPH_CALLS = 4  # fewest calls in one graph
+GRAPH_CALLS = 16  # fewest calls in one graph: they share the few microseconds that starting a graph takes
 MAX_COPIES = 256  # inputs below about 0.5 MB stay partly in a 50 MB cache
 CPU_COLD_BYTES = 64 << 20  # a core's share of any last-level cache, many times over
 
@@ -39,6 +40,15 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def own_stream(device):
+    """Context for all work on a GPU: capture refuses the default stream, and a backward runs where its forward ran."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
 def copies(bytes_per_call, device):
     """How many copies of the inputs a list of calls has to walk over for each to find them out of the cache."""
     if device.type == "cuda":
@@ -49,9 +59,10 @@ def copies(bytes_per_call, device):
 
 
 def graph_times(calls, budget):
-    """Capture `calls` in one CUDA graph on the current stream, replay it for `budget` seconds; times of one call.
+    """Capture `calls` in one CUDA graph, replay it for `budget` seconds; times of one call.
 
-    Every result stays alive during the capture, so no call writes to memory that the one before it left in the cache.
+    The current stream must be that of own_stream. Every result stays alive during the capture, so no call writes to
+    memory that the one before it left in the cache.
     """
     calls = calls * math.ceil(GRAPH_CALLS / len(calls))
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -124,11 +135,10 @@ def measure_floors(device, dtype, quick=False):
         times = graph_times([call], budget) if device.type == "cuda" else wall_times([call], device, budget)
         return times.median * 1e-3
 
-    return {
-        "copy": 2 * source.numel() / seconds(lambda: target.copy_(source)),
-        "matmul": 2 * size**3 / seconds(lambda: torch.mm(a, b, out=product)),
-        "dtype": str(dtype).removeprefix("torch."),
-    }
+    with own_stream(device):
+        copy, matmul = seconds(lambda: target.copy_(source)), seconds(lambda: torch.mm(a, b, out=product))
+    rates = {"copy": 2 * source.numel() / copy, "matmul": 2 * size**3 / matmul}
+    return rates | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def floor_ms(count_bytes, count_flops, floors):
