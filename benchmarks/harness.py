@@ -8,7 +8,6 @@ A bench module holds
   cases      function of (device, quick) that yields `Case`s one at a time, so that only one lives
 """
 
-import contextlib
 import gc
 from typing import NamedTuple
 
@@ -120,7 +119,7 @@ def measure(case, bound, direction, device, quick=False):
 def run(module, device, *, environment, floors, quick=False, say=print):
     """Measure every case of a bench module; return the records, one for each provider and direction."""
     lines = []
-    with _own_stream(device):
+    with timing.own_stream(device):
         for case in module.cases(device, quick):
             say(f"{module.OP}: {case.name}")
             for name, build in module.PROVIDERS:
@@ -132,15 +131,6 @@ def run(module, device, *, environment, floors, quick=False, say=print):
                     lines.append(line)
                     _free(device)
     return lines
-
-
-def _own_stream(device):
-    """Capture needs another stream than the default one, and a backward runs on the stream of its forward."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
 
 
 def _bind(name, build, case, say):
@@ -182,6 +172,7 @@ def _record(module, case, direction, name, environment, floors):
         "floor_ms": timing.floor_ms(count_bytes, count_flops, floors),
         "copy_bytes_per_s": floors["copy"],
         "matmul_flops_per_s": floors["matmul"],
+        "matmul_dtype": floors["dtype"],
         **environment,
     }
 

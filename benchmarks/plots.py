@@ -18,21 +18,23 @@ def draw(op, lines, folder=FOLDER):
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for slug, cases in records.newest(lines, op).items():
-        groups = [group for group in cases.values() if any(line["status"] == "ok" for line in group)]
+        groups = [[line for line in group if line["status"] == "ok"] for group in cases.values()]
+        groups = [group for group in groups if group]
         if not groups:
             continue
-        columns = max(len({line["direction"] for line in sum(groups, [])}), 1)
+        newest = max(sum(groups, []), key=lambda line: line["date"])
+        columns = len({group[0]["direction"] for group in groups})
+        columns = 3 if columns == 1 and len(groups) > 2 else columns  # forward only: three cases a row
         rows = math.ceil(len(groups) / columns)
-        bars = max(len(group) for group in groups)
-        size = (6.4 * columns, (0.34 * bars + 0.9) * rows + 0.6)
-        figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+        height = 0.7 + rows * (0.7 + 0.3 * max(map(len, groups)))  # inches
+        figure, grid = plt.subplots(rows, columns, figsize=(5.6 * columns, height), squeeze=False, layout="constrained")
         for axes in grid.flat[len(groups) :]:
             axes.axis("off")
         for axes, group in zip(grid.flat, groups):
-            _bars(axes, group)
-        newest = max(sum(groups, []), key=lambda line: line["date"])
-        title = f"{op}, {newest['device']}, {newest['date'][:10]} (milliseconds, shorter is better)"
-        figure.suptitle(title, fontsize=11)
+            floor = _bars(axes, group)
+        clock = "CUDA-graph time" if any(line["ms"] is not None for line in sum(groups, [])) else "wall time"
+        figure.suptitle(f"{op}, {newest['device']}, {newest['date'][:10]}\nmilliseconds, {clock}, shorter is better")
+        figure.legend([floor], ["floor"], loc="upper right", frameon=False)
         paths.append(folder / f"{op}-{slug}.png")
         figure.savefig(paths[-1], dpi=140)
         plt.close(figure)
@@ -40,15 +42,15 @@ def draw(op, lines, folder=FOLDER):
 
 
 def _bars(axes, group):
-    group = [line for line in group if line["status"] == "ok"]
+    """The bars of one case and pass; returns the floor's line for the legend."""
     times = [tables.clock(line) for line in group]
-    names = [line["provider"] + (" (wall)" if line["ms"] is None else "") for line in group]
+    mixed = any(line["ms"] is not None for line in group)
+    names = [line["provider"] + (" (wall)" if mixed and line["ms"] is None else "") for line in group]
     bars = axes.barh(names, times, color=[OURS if line["ours"] else PEER for line in group], height=0.72)
     axes.bar_label(bars, [tables.significant(time) for time in times], padding=3, fontsize=8)
-    axes.axvline(group[0]["floor_ms"], color=FLOOR, linewidth=1.2, linestyle="--", label="floor")
     axes.set_title(f"{group[0]['case']}, {tables.DIRECTIONS[group[0]['direction']]}", fontsize=9, loc="left")
-    axes.set_xlim(0, 1.15 * max(times))
+    axes.set_xlim(0, 1.15 * max(*times, group[0]["floor_ms"]))
     axes.invert_yaxis()
     axes.tick_params(labelsize=8, length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return axes.axvline(group[0]["floor_ms"], color=FLOOR, linewidth=1.2, linestyle="--")

@@ -33,10 +33,11 @@ def significant(value, digits=3):
 
 
 def rate(line):
-    """What the op reached: TFLOP/s where arithmetic sets its floor, else GB/s."""
+    """What the op reached: FLOP/s where arithmetic sets its floor, else GB/s."""
     seconds = clock(line) * 1e-3
     if line["flops"] / line["matmul_flops_per_s"] > line["bytes"] / line["copy_bytes_per_s"]:
-        return f"{significant(line['flops'] / seconds * 1e-12)} TFLOP/s"
+        flops = line["flops"] / seconds * 1e-12
+        return f"{significant(flops)} TFLOP/s" if flops >= 1 else f"{significant(1000 * flops)} GFLOP/s"
     return f"{significant(line['bytes'] / seconds * 1e-9)} GB/s"
 
 
@@ -53,9 +54,8 @@ def _device_table(groups):
     every = [line for group in groups for line in group]
     providers = list(dict.fromkeys(line["provider"] for line in every))
     timed_by_graph = any(line["ms"] is not None for line in every)
-    several = len({line["dtype"] for line in every}) > 1
     header = ["case", "pass", "floor", *providers, "rate", "of floor", "ours / best peer"]
-    rows = [_row(group, providers, timed_by_graph, several) for group in groups]
+    rows = [_row(group, providers, timed_by_graph) for group in groups]
     rule = ["---"] * 2 + ["---:"] * (len(header) - 3) + ["---"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
     return "\n\n".join([_heading(every, timed_by_graph), table, _score(groups)])
@@ -70,21 +70,21 @@ def _heading(lines, timed_by_graph):
     dates = ", ".join(dict.fromkeys(line["date"][:10] for line in lines))
     versions = [f"{name} {each(name)}" for name in ("driver", "torch", "triton", "revision") if each(name)]
     copy, matmul = significant(newest["copy_bytes_per_s"] * 1e-9), significant(newest["matmul_flops_per_s"] * 1e-12)
-    floors = f"copy {copy} GB/s, {newest['dtype']} matmul {matmul} TFLOP/s"
+    floors = f"copy {copy} GB/s, {newest['matmul_dtype']} matmul {matmul} TFLOP/s"
     how = f"CUDA-graph time; {WALL} = wall time, the call cannot be captured" if timed_by_graph else "wall time"
-    about = ", ".join([f"**{newest['device']}**", dates, each("dtype"), *versions])
+    dtypes = dict.fromkeys(line["dtype"] for line in lines if "float" in line["dtype"])  # a mask's says nothing
+    about = ", ".join([f"**{newest['device']}**", dates, *dtypes, *versions])
     return f"{about}. Measured floors: {floors}. Milliseconds, median {how}."
 
 
-def _row(group, providers, timed_by_graph, several_dtypes):
+def _row(group, providers, timed_by_graph):
     first = group[0]
     ours, ratio, peer = compare(group)
     by_name = {line["provider"]: line for line in group}
-    case = f"{first['case']} {first['dtype']}" if several_dtypes else first["case"]
-    cells = [case, DIRECTIONS[first["direction"]], significant(first["floor_ms"])]
+    cells = [first["case"], DIRECTIONS[first["direction"]], significant(first["floor_ms"])]
     cells += [_cell(by_name.get(name), timed_by_graph) for name in providers]
     timed = ours is not None and ours["status"] == "ok"
-    cells += [rate(ours), f"{ours['pct_floor']:.0f} %"] if timed else ["", ""]
+    cells += [rate(ours), f"{ours['pct_floor']:.0f} %" if ours["pct_floor"] >= 1 else "<1 %"] if timed else ["", ""]
     cells.append(f"{ratio:.2f} ({peer['provider']})" if peer else "no peer")
     return cells
 

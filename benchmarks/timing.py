@@ -5,7 +5,9 @@ the time its turn comes again. A flush between calls is not used: its dirty line
 kernel runs, and its own time (tens of microseconds) would have to be subtracted from kernels that take ten.
 """
 
+import contextlib
 import gc
+import itertools
 import math
 import os
 import time
@@ -13,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-GRAPH_CALLS = 4  # fewest calls in one graph
+GRAPH_CALLS = 16  # fewest calls in one graph: they share the few microseconds that starting a graph takes
 MAX_COPIES = 256  # inputs below about 0.5 MB stay partly in a 50 MB cache
 CPU_COLD_BYTES = 64 << 20  # a core's share of any last-level cache, many times over
 
@@ -38,6 +40,15 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def own_stream(device):
+    """Context for all work on a GPU: capture refuses the default stream, and a backward runs where its forward ran."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
 def copies(bytes_per_call, device):
     """How many copies of the inputs a list of calls has to walk over for each to find them out of the cache."""
     if device.type == "cuda":
@@ -48,9 +59,10 @@ def copies(bytes_per_call, device):
 
 
 def graph_times(calls, budget):
-    """Capture `calls` in one CUDA graph on the current stream, replay it for `budget` seconds; times of one call.
+    """Capture `calls` in one CUDA graph, replay it for `budget` seconds; times of one call.
 
-    Every result stays alive during the capture, so no call writes to memory that the one before it left in the cache.
+    The current stream must be that of own_stream. Every result stays alive during the capture, so no call writes to
+    memory that the one before it left in the cache.
     """
     calls = calls * math.ceil(GRAPH_CALLS / len(calls))
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -71,15 +83,17 @@ def graph_times(calls, budget):
 
 
 def wall_times(calls, device, budget):
-    """Host clock around one walk over `calls`, synchronised before and after it; times of one call."""
+    """Host clock: around a walk over all `calls`, synchronised at both ends, on a GPU; around each in turn on a CPU."""
+    groups = itertools.cycle([calls] if device.type == "cuda" else [[call] for call in calls])
 
     def walk():
+        group = next(groups)
         synchronize(device)
         start = time.perf_counter()
-        for call in calls:
+        for call in group:
             call()
         synchronize(device)
-        return (time.perf_counter() - start) * 1e3 / len(calls)
+        return (time.perf_counter() - start) * 1e3 / len(group)
 
     return summarise(_repeat(walk, budget))
 
@@ -108,7 +122,7 @@ def peak_memory(call, device):
 
 
 def measure_floors(device, dtype, quick=False):
-    """{"copy": bytes/s, read plus written; "matmul": FLOP/s in `dtype`}, by the clock that times the ops."""
+    """{"copy": bytes/s, read plus written; "matmul": FLOP/s in "dtype"}, by the clock that times the ops."""
     megabytes, size = (8, 256) if quick else (512, 8192) if device.type == "cuda" else (128, 2048)
     source = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -121,10 +135,10 @@ def measure_floors(device, dtype, quick=False):
         times = graph_times([call], budget) if device.type == "cuda" else wall_times([call], device, budget)
         return times.median * 1e-3
 
-    return {
-        "copy": 2 * source.numel() / seconds(lambda: target.copy_(source)),
-        "matmul": 2 * size**3 / seconds(lambda: torch.mm(a, b, out=product)),
-    }
+    with own_stream(device):
+        copy, matmul = seconds(lambda: target.copy_(source)), seconds(lambda: torch.mm(a, b, out=product))
+    rates = {"copy": 2 * source.numel() / copy, "matmul": 2 * size**3 / matmul}
+    return rates | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def floor_ms(count_bytes, count_flops, floors):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,25 +13,18 @@ from flowattn import bench
 
 harness, records, tables, timing = map(bench.load, ("harness", "records", "tables", "timing"))
 CPU = torch.device("cpu")
-FLOORS = {"copy": 1e11, "matmul": 1e12}
+FLOORS = {"copy": 1e11, "matmul": 1e12, "dtype": "float32"}
 
 
 def line(provider="flowattn", ms=1.0, **changes):
     """A record as the harness writes it; the call takes `ms` in a graph and twice that by the wall clock."""
-    made = {
-        "op": "double",
-        "case": "B2",
-        "dtype": "float32",
-        "direction": "fwd",
-        "provider": provider,
-        "ours": provider == "flowattn",
-        "status": "ok",
-        "note": None,
-        **{"ms": ms, "ms_p20": ms, "ms_p80": ms, "wall_ms": 2 * ms, "wall_p20": 2 * ms, "wall_p80": 2 * ms},
-        **{"bytes": 10**7, "flops": 0, "floor_ms": 0.1, "pct_floor": 10 / ms, "peak_mem_bytes": None},
-        **{"copy_bytes_per_s": 1e11, "matmul_flops_per_s": 1e12, "slug": "gpu", "device": "GPU", "driver": "1"},
-        **{"torch": "2.0", "triton": "3.0", "revision": "abc", "date": "2026-01-01T00:00:00Z"},
-    }
+    made = {"op": "double", "case": "B2", "dtype": "float32", "direction": "fwd", "provider": provider}
+    made |= {"ours": provider == "flowattn", "status": "ok", "note": None, "peak_mem_bytes": None}
+    made |= {"ms": ms, "ms_p20": ms, "ms_p80": ms, "wall_ms": 2 * ms, "wall_p20": 2 * ms, "wall_p80": 2 * ms}
+    made |= {"bytes": 10**7, "flops": 0, "floor_ms": 0.1, "pct_floor": 10 / ms}
+    made |= {"copy_bytes_per_s": 1e11, "matmul_flops_per_s": 1e12, "matmul_dtype": "float32"}
+    made |= {"slug": "gpu", "device": "GPU", "driver": "1", "torch": "2.0", "triton": "3.0", "revision": "abc"}
+    made["date"] = "2026-01-01T00:00:00Z"
     return made | changes
 
 
@@ -73,15 +67,16 @@ def test_copies_leave_the_cache():
     assert (timing.copies(timing.CPU_COLD_BYTES // 4, CPU) - 1) * timing.CPU_COLD_BYTES // 4 == timing.CPU_COLD_BYTES
 
 
-def test_wall_time_counts_every_call():
+def test_wall_time_walks_over_the_copies():
     calls = []
-    times = timing.wall_times([lambda: calls.append(0), lambda: calls.append(1)], CPU, budget=0)
-    assert calls[:4] == [0, 1, 0, 1] and 0 < times.p20 <= times.median <= times.p80
+    slow = [lambda: (calls.append(0), time.sleep(0.002)), lambda: (calls.append(1), time.sleep(0.002))]
+    times = timing.wall_times(slow, CPU, budget=0)
+    assert calls == [0, 1, 0, 1] and 2 <= times.p20 <= times.median <= times.p80
 
 
 def test_measured_rates_are_finite():
     floors = timing.measure_floors(CPU, torch.float32, quick=True)
-    assert all(1e6 < rate < 1e15 for rate in floors.values())
+    assert all(1e6 < floors[rate] < 1e15 for rate in ("copy", "matmul")) and floors["dtype"] == "float32"
 
 
 def test_run_measures_both_directions():
@@ -192,6 +187,7 @@ def test_table_without_a_timed_peer_or_time():
 
 def test_rate_is_that_of_the_floor():
     assert tables.rate(line(flops=10**11)) == "100 TFLOP/s"
+    assert tables.rate(line(ms=2.0, flops=10**9)) == "500 GFLOP/s"
     assert tables.rate(line(flops=10**6)) == "10.0 GB/s"
 
 
@@ -240,6 +236,7 @@ def test_plot_draws_bars(tmp_path):
 def test_quick_run_checks_every_provider():
     """The command as it is typed, without Triton's interpreter, which conftest switches on and which takes a minute."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"  # idle threads of other processes would be waited for in every tiny call
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-m", "flowattn.bench", "--quick", "--device", "cpu"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
