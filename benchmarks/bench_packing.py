@@ -1,8 +1,8 @@
 """pack_plan, pack and unpack against plain torch indexing: memory-bound, so GB/s of a copy is the yardstick."""
 
-import flowattn as fa
 import torch
 
+import flowattn as fa
 from benchmarks.harness import Bound, Case, Unsupported
 
 OP = "packing"

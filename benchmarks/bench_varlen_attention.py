@@ -10,11 +10,11 @@ import inspect
 import math
 from typing import NamedTuple
 
-import flowattn as fa
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import flowattn as fa
 from benchmarks.harness import Bound, Case, Unsupported
 
 OP = "varlen_attention"

@@ -3,9 +3,10 @@
 Run with `pytest benchmarks`. The tensors are tiny on purpose: the time is that of Python, checks and dispatch.
 """
 
-import flowattn as fa
 import pytest
 import torch
+
+import flowattn as fa
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from flowattn.triton_kernels import varlen_attention as kernels
 
 from benchmarks.bench_varlen_attention import GPU_SHAPES, make_inputs
 from benchmarks.timing import copies, graph_times
+from flowattn.triton_kernels import varlen_attention as kernels
 
 CONFIGS = {"fwd": "forward_config", "dq": "dq_config", "dkv": "dkv_config"}
 STAGES = {"fwd": (1, 2, 3, 4), "dq": (1, 2, 3), "dkv": (1, 2, 3)}

@@ -18,12 +18,13 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import flowattn as fa  # noqa: E402
 import matplotlib  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from flowattn.models.bert import PaddingFreeEncoder  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+import flowattn as fa  # noqa: E402
+from flowattn.models.bert import PaddingFreeEncoder  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from flowattn import bench
 
 harness, records, tables, timing = map(bench.load, ("harness", "records", "tables", "timing"))

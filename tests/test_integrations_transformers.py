@@ -7,9 +7,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from transformers import masking_utils  # noqa: E402
+
 from flowattn.integrations import transformers as integration  # noqa: E402
 from flowattn.integrations.transformers import padding_free  # noqa: E402
-from transformers import masking_utils  # noqa: E402
 
 TOLERANCE = 2e-5  # float32, two layers of width 32
 TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,

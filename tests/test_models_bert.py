@@ -2,9 +2,10 @@
 
 import copy
 
-import flowattn as fa
 import pytest
 import torch
+
+import flowattn as fa
 from flowattn.models import bert
 from flowattn.models.bert import FusedProjection, PaddingFreeEncoder
 
