@@ -211,7 +211,8 @@ class BuildNative(build_ext):
         for name in MODULES:
             target = Path(self.get_ext_fullpath(f"flowattn.{name}")).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / f"{name}.so", target)
+            shutil.copyfile(folder / f"{name}.so", f"{target}.new")
+            os.replace(f"{target}.new", target)  # a process that has the old file mapped keeps it
         record(target.parent, archs if cuda and cuda_sources() else ())
 
     def add_kernels(self, ninja, cuda):

@@ -3,10 +3,11 @@
 import time
 from collections import Counter
 
-import flowattn as fa
 import numpy as np
 import pytest
 import torch
+
+import flowattn as fa
 from flowattn import _native, data
 
 DISTRIBUTIONS = {
@@ -50,8 +51,9 @@ def test_packing_is_best_fit_decreasing(distribution, capacity, n):
     assert order.dtype == offsets.dtype == np.int64
 
 
+@pytest.mark.skipif(_native.host is None, reason=f"flowattn._host is missing: {_native.HOST_MISSING}")
 @pytest.mark.parametrize("capacity", [4096, 1 << 21], ids=["dense", "sparse"])
-def test_native_and_fallback_agree(native, capacity):
+def test_native_and_fallback_agree(capacity):
     lengths = DISTRIBUTIONS["long-tailed"](np.random.default_rng(1), 30_000, capacity)
     for a, b in zip(_native.host.pack_sequences(lengths, capacity), data._pack_sequences(lengths, capacity)):
         assert np.array_equal(a, b)

@@ -6,9 +6,10 @@ import sys
 import warnings
 from types import SimpleNamespace
 
-import flowattn as fa
 import pytest
 import torch
+
+import flowattn as fa
 from flowattn import _native, dispatch
 
 ON_GPU, ON_CPU = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)

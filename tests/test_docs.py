@@ -7,9 +7,10 @@ import pkgutil
 import re
 from pathlib import Path
 
+import pytest
+
 import flowattn
 import flowattn.triton_kernels
-import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

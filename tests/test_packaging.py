@@ -10,9 +10,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import flowattn as fa
 import pytest
 import torch
+
+import flowattn as fa
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(torch.__file__).parents[1]

@@ -1,11 +1,12 @@
 """Packing plans against a loop-level oracle, over all backends, bit for bit; the op-level contracts of packing."""
 
-import flowattn as fa
 import numpy as np
 import pytest
 import torch
-from flowattn.reference.packing import TILE, tile_capacity, tile_shift
 from torch._dynamo.testing import CompileCounterWithBackend
+
+import flowattn as fa
+from flowattn.reference.packing import TILE, tile_capacity, tile_shift
 
 backends = pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"], indirect=True)
 kernels = pytest.mark.parametrize("backend", ["cpu", "cuda"], indirect=True)

@@ -1,10 +1,11 @@
 """pack and unpack: values, gradients and memory, over all backends, bit for bit."""
 
-import flowattn as fa
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import flowattn as fa
 
 backends = pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"], indirect=True)
 kernels = pytest.mark.parametrize("backend", ["cpu", "cuda"], indirect=True)

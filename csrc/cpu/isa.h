@@ -6,6 +6,9 @@
 
 #ifdef FLOWATTN_ISA
 #  define FLOWATTN_ISA_NAMESPACE FLOWATTN_ISA
+#else
+#  include <cstdlib>
+#  include <cstring>
 #endif
 
 #if defined(__x86_64__)
@@ -31,16 +34,23 @@
 #  define FA_ISA_CALL(function, ...) flowattn::baseline::function(__VA_ARGS__)
 #endif
 
+#ifndef FLOWATTN_ISA  // kernels never ask, and must not emit this function's code
 namespace flowattn {
 
-// 0 baseline, 1 AVX2 + FMA + F16C (x86-64-v3), 2 AVX-512 F/BW/CD/DQ/VL (x86-64-v4).
+// 0 baseline, 1 AVX2 + FMA + F16C (x86-64-v3), 2 AVX-512 F/BW/CD/DQ/VL (x86-64-v4): the best this machine runs, or
+// less where FLOWATTN_CPU_ISA=baseline or avx2 says so.
 inline int isa_level() {
-#if defined(__x86_64__)
-  static const int level = __builtin_cpu_supports("x86-64-v4") ? 2 : __builtin_cpu_supports("x86-64-v3") ? 1 : 0;
+#  if defined(__x86_64__)
+  static const int level = [] {
+    const int best = __builtin_cpu_supports("x86-64-v4") ? 2 : __builtin_cpu_supports("x86-64-v3") ? 1 : 0;
+    const char* limit = std::getenv("FLOWATTN_CPU_ISA");
+    if (limit && std::strcmp(limit, "baseline") == 0) return 0;
+    return limit && std::strcmp(limit, "avx2") == 0 && best > 1 ? 1 : best;
+  }();
   return level;
-#else
+#  else
   return 0;
-#endif
+#  endif
 }
 
 inline const char* isa_name() {
@@ -49,3 +59,4 @@ inline const char* isa_name() {
 }
 
 }  // namespace flowattn
+#endif

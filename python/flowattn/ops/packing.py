@@ -59,7 +59,7 @@ def pack_plan(mask=None, *, lengths=None, cu_seqlens=None, max_seqlen=None, capa
     ([0, 2, 3], [0, 1, 4], [0, 1, 1])
     """
     (source, kind, padded_len, rows), known = _source(mask, lengths, cu_seqlens, max_seqlen, capacity)
-    batch = source.shape[0] - (kind == CU_SEQLENS)
+    batch = source.shape[0] - (1 if kind == CU_SEQLENS else 0)
     backend = _PLAN.choose(source, kind, padded_len, rows)
     cu, indices, inverse, position_ids, tiles, stats = backend.fwd(source, kind, padded_len, rows)
     if capacity is not None:
@@ -118,7 +118,7 @@ def _source(mask, lengths, cu_seqlens, max_seqlen, capacity):
         kind = LENGTHS if cu_seqlens is None else CU_SEQLENS
         shape = "lengths must have shape (B,)" if kind == LENGTHS else "cu_seqlens must have shape (B+1,)"
         checks.require(source.dim() == 1 and source.shape[0] >= (kind == CU_SEQLENS), name, shape, tuple(source.shape))
-        batch, padded_len, rows = source.shape[0] - (kind == CU_SEQLENS), max_seqlen, capacity
+        batch, padded_len, rows = source.shape[0] - (1 if kind == CU_SEQLENS else 0), max_seqlen, capacity
         if capacity is None:
             known, padded_len = _measure(name, source.tolist(), kind, max_seqlen)  # the host sync of the exact mode
             rows = known[0]
@@ -241,7 +241,7 @@ _GATHER = dispatch.Table(
 
 @fake("pack_plan")
 def _plan_fake(source, kind, padded_len, capacity):
-    batch = source.shape[0] - (kind == CU_SEQLENS)
+    batch = source.shape[0] - (1 if kind == CU_SEQLENS else 0)
 
     def ints(*shape):
         return source.new_empty(shape, dtype=torch.int32)

@@ -62,16 +62,19 @@ def varlen_attention(
     torch.Size([5, 2, 8])
     """
     batched = q.dim() == 4
-    call, extras = _prepare_all(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, causal_align, window, softcap,
-        alibi_slopes, bias, dropout_p, plan,
+    *call, extras = _prepare(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale, causal=causal,
+        causal_align=causal_align, window=window, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias,
+        dropout_p=dropout_p, plan=plan,
     )  # fmt: skip
     backend = _TABLE.choose(*call, extras)
     if backend.name == "reference":
         out, lse = _reference(*call, extras)
     elif checks.needs_grad(*call[:3]):
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-        out, lse = _VarlenAttention.apply(backend, deterministic, *call)
+        q, k, v, cu_q, cu_k, *options = call
+        cu_k = None if cu_k is cu_q else cu_k  # Dynamo refuses an autograd.Function that is given one tensor twice
+        out, lse = _VarlenAttention.apply(backend, deterministic, q, k, v, cu_q, cu_k, *options)
     else:
         out, lse = backend.fwd(*call)
     if batched:
@@ -82,7 +85,7 @@ def varlen_attention(
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, deterministic, q, k, v, cu_q, cu_k, tiles, *options):
-        out, lse = backend.fwd(q, k, v, cu_q, cu_k, tiles, *options)
+        out, lse = backend.fwd(q, k, v, cu_q, cu_q if cu_k is None else cu_k, tiles, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, tiles)
         ctx.bwd, ctx.options = backend.bwd, (*options, deterministic)
         ctx.set_materialize_grads(False)
@@ -94,75 +97,88 @@ class _VarlenAttention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
+        cu_k = cu_q if cu_k is None else cu_k
         dq, dk, dv = ctx.bwd(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, *ctx.options)
         return (None, None, dq, dk, dv, None, None, None, *[None] * (len(ctx.options) - 1))
 
 
 def _prepare(
-    q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *, scale=None, causal=False,
-    causal_align="bottom_right", window=(-1, -1), softcap=0.0, alibi_slopes=None, bias=None, dropout_p=0.0,
-    deterministic=False, return_lse=False, plan=None,
+    q, k, v, cu_q, cu_k=None, max_q=None, max_k=None, *, scale=None, causal=False, causal_align="bottom_right",
+    window=(-1, -1), softcap=0.0, alibi_slopes=None, bias=None, dropout_p=0.0, deterministic=False, return_lse=False,
+    plan=None,
 ):  # fmt: skip
-    """The call tuple for dispatch.explain: the public signature, checked."""
-    call, extras = _prepare_all(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, causal_align, window, softcap,
-        alibi_slopes, bias, dropout_p, plan,
+    """Check the public arguments; return those of the private op, then a dict of what only the reference takes."""
+    q, k, v = _check_tensors(q, k, v)
+    (total_q, heads, width), total_k = q.shape, k.shape[0]
+    cu_q_given, cu_q = cu_q, checks.cu_seqlens(_OP, "cu_seqlens_q", cu_q, total_q, q.device)
+    if cu_k is None or cu_k is cu_q_given:
+        cu_k = cu_q
+        if total_q != total_k:
+            checks.fail(_OP, "q and k must have the same rows without cu_seqlens_k", (total_q, total_k))
+    else:
+        cu_k = checks.cu_seqlens(_OP, "cu_seqlens_k", cu_k, total_k, q.device)
+        if cu_k.shape != cu_q.shape:
+            checks.fail(_OP, "cu_seqlens_q and cu_seqlens_k must have one length", (cu_q.shape[0], cu_k.shape[0]))
+    if causal_align not in ("bottom_right", "top_left"):
+        checks.fail(_OP, "causal_align must be bottom_right or top_left", repr(causal_align))
+    left, right = window
+    if left < -1 or right < -1:
+        checks.fail(_OP, "window must hold -1 (unbounded) or widths >= 0", window)
+    if dropout_p != 0:
+        checks.fail(_OP, "dropout is supported by no backend yet", dropout_p, error=NotImplementedError)
+    extras = _NO_EXTRAS
+    if softcap or alibi_slopes is not None or bias is not None:
+        extras = _check_extras(softcap, alibi_slopes, bias, heads, cu_q.shape[0] - 1)
+    tiles = None
+    if plan is not None:
+        if plan.cu_seqlens.shape != cu_q.shape or plan.indices.shape[0] != total_q:
+            got = (tuple(plan.cu_seqlens.shape), plan.indices.shape[0])
+            checks.fail(_OP, f"plan must be the plan of q, {cu_q.shape[0] - 1} sequences in {total_q} rows", got)
+        tiles = plan.tiles
+    return (
+        q, k, v, cu_q, cu_k, tiles, total_q if max_q is None else max_q, total_k if max_k is None else max_k,
+        width**-0.5 if scale is None else float(scale), left, 0 if causal else right, causal_align == "top_left",
+        extras,
     )  # fmt: skip
-    return (*call, extras)
 
 
-def _prepare_all(
-    q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, causal_align, window, softcap, alibi_slopes, bias, dropout_p, plan
-):
-    """Check everything; return the positional arguments of the private op and the extras only the reference takes."""
+def _check_tensors(q, k, v):
+    """q, k, v as (T, heads, width), in autocast's dtype."""
     if q.dim() == 4:
-        checks.require(q.shape[0] == k.shape[0] == v.shape[0] == 1, _OP, "a leading dim of q, k, v must be 1", q.shape[0])
+        if not q.shape[0] == k.shape[0] == v.shape[0] == 1:
+            checks.fail(_OP, "a leading dim of q, k, v must be 1", (q.shape[0], k.shape[0], v.shape[0]))
         q, k, v = q[0], k[0], v[0]
-    names, tensors = ("q", "k", "v"), (q, k, v)
+    names, tensors = ("q", "k", "v"), checks.autocast(q, k, v)
     for name, x in zip(names, tensors):
-        checks.require(x.dim() == 3, _OP, f"{name} must have shape (T, heads, width)", tuple(x.shape))
-    q, k, v = tensors = checks.autocast(q, k, v)
+        if x.dim() != 3:
+            checks.fail(_OP, f"{name} must have shape (T, heads, width)", tuple(x.shape))
+    q, k, v = tensors
     checks.float_dtype(_OP, "q", q)
     checks.same_dtype_device(_OP, names, tensors)
     checks.last_dim_contiguous(_OP, names, tensors)
-    (total_q, heads, width), (total_k, heads_kv, _) = q.shape, k.shape
-    checks.require(k.shape[2] == width, _OP, f"k must have the width of q, {width}", k.shape[2])
-    checks.require(v.shape[:2] == k.shape[:2], _OP, "v must have the rows and heads of k", (tuple(k.shape), tuple(v.shape)))
-    divides = heads_kv > 0 and heads % heads_kv == 0
-    checks.require(divides, _OP, "the heads of k must divide the heads of q", (heads, heads_kv))
-    checks.require(width > 0 and v.shape[2] > 0, _OP, "head widths must be positive", (width, v.shape[2]))
-    self_attention = cu_k is None or cu_k is cu_q
-    cu_q = checks.cu_seqlens(_OP, "cu_seqlens_q", cu_q, total_q, q.device)
-    if self_attention:
-        cu_k = cu_q
-        checks.require(total_q == total_k, _OP, "q and k must have the same rows without cu_seqlens_k", (total_q, total_k))
-    else:
-        cu_k = checks.cu_seqlens(_OP, "cu_seqlens_k", cu_k, total_k, q.device)
-        checks.require(cu_k.shape == cu_q.shape, _OP, "cu_seqlens_q and cu_seqlens_k must have one length", (cu_q.shape[0], cu_k.shape[0]))
-    checks.require(causal_align in ("bottom_right", "top_left"), _OP, "causal_align must be bottom_right or top_left", repr(causal_align))
-    left, right = window
-    checks.require(left >= -1 and right >= -1, _OP, "window must hold -1 (unbounded) or widths >= 0", window)
-    if causal:
-        right = 0
-    checks.require(softcap >= 0, _OP, "softcap must be >= 0", softcap)
-    checks.require(dropout_p == 0, _OP, "dropout is supported by no backend yet", dropout_p, error=NotImplementedError)
-    if alibi_slopes is not None:
-        shapes = ((heads,), (cu_q.shape[0] - 1, heads))
-        checks.require(tuple(alibi_slopes.shape) in shapes, _OP, "alibi_slopes must have shape (H,) or (B, H)", tuple(alibi_slopes.shape))
-    if bias is not None:
-        fits = bias.dim() in (3, 4) and bias.shape[-3] == heads
-        checks.require(fits, _OP, "bias must have shape (H, S, S) or (B, H, S, S)", tuple(bias.shape))
-    tiles = None
-    if plan is not None:
-        rows = (plan.cu_seqlens.shape, plan.indices.shape[0])
-        checks.require(rows == (cu_q.shape, total_q), _OP, "plan must be the plan of q's sequences", rows)
-        tiles = plan.tiles
-    call = (
-        q, k, v, cu_q, cu_k, tiles, total_q if max_q is None else max_q, total_k if max_k is None else max_k,
-        width**-0.5 if scale is None else float(scale), left, right, causal_align == "top_left",
-    )  # fmt: skip
-    extras = {"softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias}
-    return call, extras
+    (_, heads, width), (total_k, heads_kv, width_k) = q.shape, k.shape
+    if width_k != width:
+        checks.fail(_OP, f"k must have the width of q, {width}", width_k)
+    if v.shape[0] != total_k or v.shape[1] != heads_kv:
+        checks.fail(_OP, "v must have the rows and heads of k", (tuple(k.shape), tuple(v.shape)))
+    if heads_kv == 0 or heads % heads_kv != 0:
+        checks.fail(_OP, "the heads of k must divide the heads of q", (heads, heads_kv))
+    if width == 0 or v.shape[2] == 0:
+        checks.fail(_OP, "head widths must be positive", (width, v.shape[2]))
+    return tensors
+
+
+_NO_EXTRAS = {"softcap": 0.0, "alibi_slopes": None, "bias": None}
+
+
+def _check_extras(softcap, alibi_slopes, bias, heads, batch):
+    if softcap < 0:
+        checks.fail(_OP, "softcap must be >= 0", softcap)
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+        checks.fail(_OP, "alibi_slopes must have shape (H,) or (B, H)", tuple(alibi_slopes.shape))
+    if bias is not None and (bias.dim() not in (3, 4) or bias.shape[-3] != heads):
+        checks.fail(_OP, "bias must have shape (H, S, S) or (B, H, S, S)", tuple(bias.shape))
+    return {"softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias}
 
 
 def _reference(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, extras):
@@ -170,9 +186,7 @@ def _reference(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top
 
 
 def _refuse_extras(extras):
-    if extras["softcap"] or extras["alibi_slopes"] is not None or extras["bias"] is not None:
-        return "softcap, alibi_slopes and bias run in the reference only"
-    return None
+    return None if extras is _NO_EXTRAS else "softcap, alibi_slopes and bias run in the reference only"
 
 
 def _refuse_cpu(q, *rest):

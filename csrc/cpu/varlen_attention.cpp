@@ -1,0 +1,246 @@
+// varlen_attention on the CPU: checks, output allocation, and the list of tasks the threads share.
+#include "cpu/varlen_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "cpu/parallel.h"
+
+namespace flowattn {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr const char* kOp = "varlen_attention";
+
+Storage storage_of(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float:
+      return Storage::kFloat;
+    case ScalarType::Double:
+      return Storage::kDouble;
+    case ScalarType::Half:
+      return Storage::kHalf;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    default:
+      FA_CHECK(false, kOp, "q must be float16, bfloat16, float32 or float64", toString(q.scalar_type()));
+  }
+}
+
+std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::string out = "(";
+  for (int64_t size : sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(size);
+  return out + ")";
+}
+
+void check_rows(const char* name, const Tensor& x, ScalarType dtype, int64_t rows, int64_t heads, int64_t width) {
+  const auto rule = [&](const char* what) { return std::string(name) + " must have " + what; };
+  FA_CHECK(x.is_cpu(), kOp, std::string(name) + " must be on the CPU", "another device");
+  FA_CHECK(x.scalar_type() == dtype, kOp, rule("the dtype of q"), toString(x.scalar_type()));
+  const bool fits = x.dim() == 3 && x.size(0) == rows && x.size(1) == heads && x.size(2) == width;
+  const std::string shape =
+      "shape (" + std::to_string(rows) + ", " + std::to_string(heads) + ", " + std::to_string(width) + ")";
+  FA_CHECK(fits, kOp, rule(shape.c_str()), text(x.sizes()));
+  FA_CHECK(width <= 1 || x.stride(2) == 1, kOp, rule("a contiguous last dim"), "stride " + std::to_string(x.stride(2)));
+}
+
+void check_row_values(const char* name, const Tensor& x, ScalarType dtype, int64_t heads, int64_t rows) {
+  const bool fits = x.is_cpu() && x.scalar_type() == dtype && x.dim() == 2 && x.size(0) == heads && x.size(1) == rows;
+  FA_CHECK(fits, kOp, std::string(name) + " must be a " + toString(dtype) + " CPU tensor of shape (H, Tq)",
+           text(x.sizes()));
+}
+
+// The offsets as a contiguous tensor, checked so that no kernel reads outside the `total` rows.
+Tensor check_offsets(const char* name, const Tensor& cu, int64_t total) {
+  const bool fits = cu.is_cpu() && cu.scalar_type() == ScalarType::Int && cu.dim() == 1 && cu.size(0) >= 1;
+  FA_CHECK(fits, kOp, std::string(name) + " must be an int32 CPU tensor of shape (B+1,)", text(cu.sizes()));
+  Tensor contiguous = torch::stable::contiguous(cu);
+  const int32_t* values = contiguous.const_data_ptr<int32_t>();
+  int64_t previous = 0;
+  for (int64_t b = 0; b < cu.size(0); ++b) {
+    const bool good = b == 0 ? values[0] == 0 : values[b] >= previous && values[b] <= total;
+    FA_CHECK(good, kOp,
+             std::string(name) + " must start at 0, never decrease and end at or before the " + std::to_string(total) +
+                 " packed rows",
+             std::to_string(values[b]) + " at position " + std::to_string(b));
+    previous = values[b];
+  }
+  return contiguous;
+}
+
+PackedRows packed_rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
+RowValues row_values(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
+
+// Checks the arguments both directions share; `cu_q` and `cu_k` come back contiguous and must outlive the result.
+VarlenAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& cu_q, Tensor& cu_k, double scale,
+                         int64_t left, int64_t right, bool top_left) {
+  VarlenAttention op{};
+  op.storage = storage_of(q);
+  FA_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, kOp, "q, k and v must have shape (T, heads, width)",
+           text(q.sizes()) + ", " + text(k.sizes()) + " and " + text(v.sizes()));
+  op.heads = q.size(1), op.heads_kv = k.size(1), op.width = q.size(2), op.width_v = v.size(2);
+  check_rows("q", q, q.scalar_type(), q.size(0), op.heads, op.width);
+  check_rows("k", k, q.scalar_type(), k.size(0), op.heads_kv, op.width);
+  check_rows("v", v, q.scalar_type(), k.size(0), op.heads_kv, op.width_v);
+  FA_CHECK(op.heads_kv > 0 && op.heads % op.heads_kv == 0, kOp, "the heads of k must divide the heads of q",
+           std::to_string(op.heads_kv) + " and " + std::to_string(op.heads));
+  cu_q = check_offsets("cu_seqlens_q", cu_q, q.size(0));
+  cu_k = check_offsets("cu_seqlens_k", cu_k, k.size(0));
+  FA_CHECK(cu_q.size(0) == cu_k.size(0), kOp, "cu_seqlens_q and cu_seqlens_k must have one length",
+           std::to_string(cu_q.size(0)) + " and " + std::to_string(cu_k.size(0)));
+  op.cu_q = cu_q.const_data_ptr<int32_t>(), op.cu_k = cu_k.const_data_ptr<int32_t>();
+  op.scale = scale, op.top_left = top_left;
+  constexpr int64_t kWide = int64_t(1) << 40;  // wider than any sequence, and i + kWide does not overflow
+  op.left = left < 0 ? -1 : std::min(left, kWide), op.right = right < 0 ? -1 : std::min(right, kWide);
+  op.q = packed_rows(q), op.k = packed_rows(k), op.v = packed_rows(v);
+  return op;
+}
+
+// The sequences with the most work first, so that the threads finish together.
+class Sequences {
+ public:
+  Sequences(const VarlenAttention& op, const Tensor& cu_q) : op_(op), order_(cu_q.size(0) - 1) {
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return pairs(a) > pairs(b); });
+    for (int64_t b : order_) all_pairs += pairs(b);
+    most_pairs = order_.empty() ? 0 : pairs(order_[0]);
+  }
+
+  int64_t queries(int64_t b) const { return op_.cu_q[b + 1] - op_.cu_q[b]; }
+  int64_t keys(int64_t b) const { return op_.cu_k[b + 1] - op_.cu_k[b]; }
+  double pairs(int64_t b) const { return double(queries(b)) * keys(b); }
+
+  // One task per `q_step` query rows and `k_step` keys of every sequence that has both a query row and a key to visit.
+  std::vector<VarlenTask> tasks(int64_t q_step, int64_t k_step) const {
+    std::vector<VarlenTask> tasks;
+    for (int64_t b : order_) {
+      const int64_t lq = queries(b), lk = keys(b);
+      // Last rows first: with a causal mask they see the most keys.
+      for (int64_t row = lq == 0 ? 0 : (lq - 1) / q_step * q_step; row >= 0; row -= q_step) {
+        for (int64_t key = 0; key == 0 || key < lk; key += k_step) {
+          tasks.push_back({b, row, std::min(row + q_step, lq), key, std::min(key + k_step, lk)});
+        }
+      }
+    }
+    return tasks;
+  }
+
+  double all_pairs = 0, most_pairs = 0;
+
+ private:
+  const VarlenAttention& op_;
+  std::vector<int64_t> order_;
+};
+
+constexpr int64_t kWhole = int64_t(1) << 40;  // as a task's step: the whole sequence
+
+// Rows that belong to no sequence: zeros, and an LSE of -inf.
+void clear_rest(const Tensor& x, int64_t first) {
+  const int64_t row_bytes = x.size(1) * x.size(2) * x.element_size();
+  if (x.size(0) > first && row_bytes > 0) {
+    std::memset(static_cast<char*>(x.data_ptr()) + first * row_bytes, 0, (x.size(0) - first) * row_bytes);
+  }
+}
+
+template <typename T>
+void clear_rest_of_lse(const Tensor& lse, int64_t first) {
+  T* values = static_cast<T*>(lse.data_ptr());
+  for (int64_t h = 0; h < lse.size(0); ++h) {
+    std::fill(values + h * lse.size(1) + first, values + (h + 1) * lse.size(1), -std::numeric_limits<T>::infinity());
+  }
+}
+
+void set_tile_sizes(VarlenAttention& op, const std::vector<VarlenTask>& tasks) {
+  for (const VarlenTask& task : tasks) {
+    op.max_rows = std::max(op.max_rows, std::min(task.q_end - task.q_begin, kQueryTile));
+    op.max_keys = std::max(op.max_keys, std::min(task.k_end - task.k_begin, kKeyTile));
+  }
+}
+
+std::tuple<Tensor, Tensor> varlen_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,
+                                                    std::optional<Tensor>, int64_t, int64_t, double scale, int64_t left,
+                                                    int64_t right, bool top_left) {
+  VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left);
+  Tensor out = torch::stable::new_empty(q, {q.size(0), op.heads, op.width_v});
+  const bool wide = op.storage == Storage::kDouble;
+  Tensor lse = torch::stable::new_empty(q, {op.heads, q.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
+  op.out = packed_rows(out), op.lse = row_values(lse);
+
+  const Sequences sequences(op, cu_q);
+  const std::vector<VarlenTask> tasks = sequences.tasks(kQueryTile, kWhole);
+  set_tile_sizes(op, tasks);
+  parallel_items(tasks.size() * op.heads, sequences.all_pairs * op.heads * (op.width + op.width_v),
+                 FA_ISA_CALL(varlen_attention_fwd_scratch, op), [&](int64_t begin, int64_t end, void* scratch) {
+                   FA_ISA_CALL(varlen_attention_fwd, op, tasks.data(), begin, end, scratch);
+                 });
+  const int64_t rest = op.cu_q[cu_q.size(0) - 1];
+  clear_rest(out, rest);
+  wide ? clear_rest_of_lse<double>(lse, rest) : clear_rest_of_lse<float>(lse, rest);
+  return {out, lse};
+}
+
+void run_backward(VarlenAttention op, const Sequences& sequences, int64_t q_step, int64_t k_step, bool dq, bool dkv) {
+  op.want_dq = dq, op.want_dkv = dkv;
+  const std::vector<VarlenTask> tasks = sequences.tasks(q_step, k_step);
+  set_tile_sizes(op, tasks);
+  op.key_slots = 1;
+  for (const VarlenTask& task : tasks) {
+    if (dkv) op.key_slots = std::max(op.key_slots, (task.k_end - task.k_begin + kKeyTile - 1) / kKeyTile);
+  }
+  parallel_items(tasks.size() * op.heads_kv, 2.5 * sequences.all_pairs * op.heads * (op.width + op.width_v),
+                 FA_ISA_CALL(varlen_attention_bwd_scratch, op), [&](int64_t begin, int64_t end, void* scratch) {
+                   FA_ISA_CALL(varlen_attention_bwd, op, tasks.data(), begin, end, scratch);
+                 });
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k,
+                                                            Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k,
+                                                            std::optional<Tensor>, int64_t, int64_t, double scale,
+                                                            int64_t left, int64_t right, bool top_left, bool) {
+  VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left);
+  const ScalarType wide = op.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
+  check_rows("out", out, q.scalar_type(), q.size(0), op.heads, op.width_v);
+  check_rows("dout", dout, q.scalar_type(), q.size(0), op.heads, op.width_v);
+  check_row_values("lse", lse, wide, op.heads, q.size(0));
+  if (dlse) check_row_values("dlse", *dlse, wide, op.heads, q.size(0));
+  Tensor dq = torch::stable::new_empty(q, q.sizes());
+  Tensor dk = torch::stable::new_empty(k, k.sizes());
+  Tensor dv = torch::stable::new_empty(v, v.sizes());
+  op.out = packed_rows(out), op.lse = row_values(lse), op.dout = packed_rows(dout);
+  op.dq = packed_rows(dq), op.dk = packed_rows(dk), op.dv = packed_rows(dv);
+  if (dlse) op.dlse = row_values(*dlse);
+
+  // One pass takes 5 matrix products a tile but cannot share a head of a sequence between threads; two passes take 7.
+  const Sequences sequences(op, cu_q);
+  const double share = sequences.all_pairs * op.heads_kv / torch::stable::get_num_threads();
+  if (sequences.most_pairs <= 1.4 * share) {
+    run_backward(op, sequences, kWhole, kWhole, true, true);
+  } else {
+    run_backward(op, sequences, kQueryTile, kWhole, true, false);
+    run_backward(op, sequences, kWhole, kKeyTile, false, true);
+  }
+  clear_rest(dq, op.cu_q[cu_q.size(0) - 1]);
+  clear_rest(dk, op.cu_k[cu_k.size(0) - 1]);
+  clear_rest(dv, op.cu_k[cu_k.size(0) - 1]);
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace flowattn
+
+STABLE_TORCH_LIBRARY_IMPL(flowattn, CPU, m) {
+  m.impl("varlen_attention_fwd", TORCH_BOX(&flowattn::varlen_attention_fwd_cpu));
+  m.impl("varlen_attention_bwd", TORCH_BOX(&flowattn::varlen_attention_bwd_cpu));
+}

@@ -1,0 +1,285 @@
+"""PaddingFreeEncoder against the transformers models it is built from."""
+
+import copy
+
+import pytest
+import torch
+
+import flowattn as fa
+from flowattn.models import bert
+from flowattn.models.bert import FusedProjection, PaddingFreeEncoder
+
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 2e-5  # float32, two layers of width 32
+TINY = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 24, "pad_token_id": 1}  # fmt: skip
+CONFIGS = {
+    "bert": lambda: transformers.BertConfig(**TINY, intermediate_size=48),
+    "bert-tanh": lambda: transformers.BertConfig(**TINY, intermediate_size=48, hidden_act="gelu_new"),
+    "roberta": lambda: transformers.RobertaConfig(**TINY, intermediate_size=48, type_vocab_size=2),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**TINY, intermediate_size=48, type_vocab_size=2),
+    "camembert": lambda: transformers.CamembertConfig(**TINY, intermediate_size=48, type_vocab_size=2),
+    "distilbert": lambda: transformers.DistilBertConfig(**TINY, hidden_dim=48),
+}
+MASKS = {
+    "none": None,
+    "right": [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]],
+    "left": [[1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1]],
+    "holes": [[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1, 0]],
+    "empty-row": [[1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 0, 0]],
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(CONFIGS[name](), attn_implementation="sdpa").eval()
+    with torch.no_grad():  # the initial biases are 0 and the initial weights small: neither would show in the output
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def inputs(mask, batch=3, length=7):
+    ids = torch.randint(2, 60, (batch, length))
+    if mask is not None:
+        mask = torch.tensor(mask)
+        ids = ids.where(mask != 0, 1)
+    return ids, mask, torch.ones(batch, length, dtype=torch.bool) if mask is None else mask != 0
+
+
+def same(ours, theirs, real):
+    assert torch.equal(ours[~real], torch.zeros_like(ours[~real]))
+    torch.testing.assert_close(ours[real], theirs[real], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_matches_transformers(name, mask):
+    model = build(name)
+    ids, mask, real = inputs(MASKS[mask])
+    extras = {} if name == "distilbert" else {"token_type_ids": torch.randint(0, 2, ids.shape)}
+    encoder = PaddingFreeEncoder.from_hf(model)
+    with torch.no_grad():
+        theirs = model(ids, attention_mask=mask, **extras)
+        ours = encoder(ids, mask, **extras)
+    same(ours.last_hidden_state, theirs.last_hidden_state, real)
+    if name == "distilbert":
+        assert ours.pooler_output is None
+        return
+    first = real[:, 0]  # elsewhere transformers pools a padding position
+    torch.testing.assert_close(ours.pooler_output[first], theirs.pooler_output[first], atol=TOLERANCE, rtol=0)
+    tokens = ours.last_hidden_state[torch.arange(3), real.int().argmax(1)]  # the first real token of each row
+    expected = model.pooler(tokens[:, None]).where(real.any(1)[:, None], 0.0)
+    torch.testing.assert_close(ours.pooler_output, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_roberta_positions_follow_the_ids():
+    """A padding id that the mask keeps and a real id that it drops: positions count ids, attention follows the mask."""
+    model = build("roberta")
+    ids = torch.tensor([[5, 1, 6, 7, 8], [1, 5, 6, 1, 7]])
+    mask = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        same(PaddingFreeEncoder.from_hf(model)(ids, mask)[0], model(ids, attention_mask=mask)[0], mask != 0)
+
+
+@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert"))
+def test_position_ids_and_inputs_embeds(name):
+    model = build(name)
+    ids, mask, real = inputs(MASKS["holes"])
+    embeds = torch.randn(3, 7, 32)
+    positions = torch.randint(2, 20, (1, 7))
+    encoder = PaddingFreeEncoder.from_hf(model)
+    with torch.no_grad():
+        for given in ({"input_ids": ids, "position_ids": positions}, {"inputs_embeds": embeds}):
+            theirs = model(attention_mask=mask, **given)
+            same(encoder(attention_mask=mask, **given).last_hidden_state, theirs.last_hidden_state, real)
+
+
+def test_hidden_states_of_every_layer():
+    model = build("bert")
+    ids, mask, real = inputs(MASKS["left"])
+    with torch.no_grad():
+        theirs = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        ours = PaddingFreeEncoder.from_hf(model)(ids, mask, output_hidden_states=True).hidden_states
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs):
+        same(a, b, real)
+
+
+@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert"))
+def test_gradient_of_every_parameter(name):
+    model = build(name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    twin = copy.deepcopy(model)  # from_hf shares parameters, so the original runs as a copy
+    ids, mask, real = inputs(MASKS["right"])
+    weights = torch.randn(3, 7, 32)
+
+    def backward(out):
+        loss = (out.last_hidden_state * weights)[real].sum()
+        (loss + out.pooler_output.square().sum() if name != "distilbert" else loss).backward()
+
+    backward(twin(ids, attention_mask=mask))
+    backward(PaddingFreeEncoder.from_hf(model)(ids, mask))
+    reached = 0
+    for (key, ours), theirs in zip(model.named_parameters(), twin.parameters()):
+        if theirs.grad is None:
+            assert ours.grad is None, key
+            continue
+        reached += 1
+        scale = theirs.grad.abs().max().clamp(min=1)
+        torch.testing.assert_close(
+            ours.grad / scale, theirs.grad / scale, atol=TOLERANCE, rtol=0, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    assert reached == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("mask", ("right", "holes", "empty-row"))
+def test_capacity_mode_is_bitwise_the_exact_mode(mask):
+    model = build("bert")
+    ids, mask, _ = inputs(MASKS[mask])
+    encoder = PaddingFreeEncoder.from_hf(model)
+    with torch.no_grad():
+        exact = encoder(ids, mask)
+        for capacity in (int(mask.sum()), int(mask.sum()) + 3, ids.numel()):
+            bounded = encoder(ids, mask, capacity=capacity)
+            assert torch.equal(bounded.last_hidden_state, exact.last_hidden_state)
+            assert torch.equal(bounded.pooler_output, exact.pooler_output)
+
+
+def test_capacity_mode_gradients():
+    model = build("bert")
+    encoder = PaddingFreeEncoder.from_hf(model)
+    ids, mask, _ = inputs(MASKS["right"])
+    grads = []
+    for capacity in (None, 21):
+        out = encoder(ids, mask, capacity=capacity)
+        loss = out.last_hidden_state.square().sum() + out.pooler_output.sum()
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    for exact, bounded in zip(*grads):
+        torch.testing.assert_close(bounded, exact, atol=TOLERANCE, rtol=1e-5)
+
+
+def test_all_rows_empty():
+    encoder = PaddingFreeEncoder.from_hf(build("bert"))
+    for capacity in (None, 6):
+        out = encoder(torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long), capacity=capacity)
+        assert torch.equal(out.last_hidden_state, torch.zeros(2, 3, 32))
+        assert torch.equal(out.pooler_output, torch.zeros(2, 32))
+
+
+def test_packs_and_unpacks_once(monkeypatch):
+    calls = {"pack_plan": 0, "pack": 0, "unpack": 0}
+
+    def counted(name, call):
+        def wrapper(*args, **kwargs):
+            calls[name] += 1
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    for name in calls:
+        monkeypatch.setattr(bert, name, counted(name, getattr(bert, name)))
+    ids, mask, _ = inputs(MASKS["right"])
+    with torch.no_grad():
+        PaddingFreeEncoder.from_hf(build("bert"))(ids, mask)
+    assert calls == {"pack_plan": 1, "pack": 1, "unpack": 1}  # what is packed are the ids, not an activation
+
+
+def test_forward_packed_is_forward_before_unpacking():
+    encoder = PaddingFreeEncoder.from_hf(build("roberta"))
+    ids, mask, real = inputs(MASKS["holes"])
+    types = torch.randint(0, 2, ids.shape)
+    with torch.no_grad():
+        packed = encoder.forward_packed(ids, fa.pack_plan(mask), types)
+        assert torch.equal(packed, encoder(ids, mask, types).last_hidden_state[real])
+
+
+def test_parameters_are_shared_and_keys_unchanged():
+    model = build("bert")
+    before = copy.deepcopy(model.state_dict())
+    encoder = PaddingFreeEncoder.from_hf(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert {id(p) for p in encoder.parameters()} == {id(p) for p in model.parameters()}
+
+
+def test_projection_follows_its_layers():
+    """The fused matrix is that of the layers whatever is done to them: in-place updates, new storage, other modules."""
+    layers = [torch.nn.Linear(8, width) for width in (4, 4, 6)]
+    fused = FusedProjection(*layers)
+    x = torch.randn(5, 8)
+
+    def check():
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), torch.cat([layer(x) for layer in fused.layers], -1))
+
+    check()
+    weights = bert._joined([layer.weight for layer in layers])  # with gradients: a copy
+    assert weights.data_ptr() != layers[0].weight.data_ptr()
+    with torch.no_grad():
+        assert bert._joined([layer.weight for layer in layers]).data_ptr() == layers[0].weight.data_ptr()
+        layers[1].weight.add_(1.0)
+    check()
+    layers[0].weight.data = torch.randn(4, 8)
+    check()
+    fused.layers[2] = torch.nn.Sequential(layers[2], torch.nn.Tanh())
+    check()
+
+
+def test_attention_dropout_in_training_is_refused():
+    model = build("bert").train()
+    with pytest.raises(NotImplementedError, match="dropout"):
+        PaddingFreeEncoder.from_hf(model)(*inputs(MASKS["right"])[:2])
+
+
+def test_wrapper_and_errors():
+    wrapper = transformers.BertForSequenceClassification(CONFIGS["bert"]()).eval()
+    assert PaddingFreeEncoder.from_hf(wrapper).embeddings.words is wrapper.bert.embeddings.word_embeddings
+    encoder = PaddingFreeEncoder.from_hf(wrapper)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 3\); got \(2, 4\)"):
+        encoder(ids, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds; got both"):
+        encoder(ids, inputs_embeds=torch.ones(2, 3, 32))
+    with pytest.raises(ValueError, match="without token types"):
+        PaddingFreeEncoder.from_hf(build("distilbert"))(ids, token_type_ids=ids)
+    with pytest.raises(NotImplementedError, match="supports bert, roberta, .*distilbert; got 'gpt2'|; got gpt2"):
+        PaddingFreeEncoder.from_hf(
+            transformers.GPT2Model(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+        )
+    decoder = transformers.BertModel(transformers.BertConfig(**TINY, intermediate_size=48, is_decoder=True))
+    with pytest.raises(NotImplementedError, match="config.is_decoder must be False; got True"):
+        PaddingFreeEncoder.from_hf(decoder)
+
+
+def test_compiles_in_one_graph(native):
+    encoder = PaddingFreeEncoder.from_hf(build("bert"))
+    ids, mask, _ = inputs(MASKS["right"])
+    compiled = torch.compile(lambda ids, mask: encoder(ids, mask, capacity=21), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, mask)[0], encoder(ids, mask)[0], atol=TOLERANCE, rtol=0)
+    loss = compiled(ids, mask)[0].square().sum()
+    expected = torch.autograd.grad(encoder(ids, mask)[0].square().sum(), list(encoder.layers.parameters()))
+    for ours, theirs in zip(torch.autograd.grad(loss, list(encoder.layers.parameters())), expected):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_another_mask():
+    encoder = PaddingFreeEncoder.from_hf(build("bert").cuda())
+    ids, mask, _ = inputs(MASKS["right"])
+    ids, mask = ids.cuda(), mask.cuda()
+    with torch.no_grad():
+        encoder(ids, mask, capacity=21)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = encoder(ids, mask, capacity=21).last_hidden_state
+        mask.copy_(torch.tensor(MASKS["holes"]))
+        graph.replay()
+        torch.testing.assert_close(out, encoder(ids, mask).last_hidden_state, atol=1e-3, rtol=0)
