@@ -1,9 +1,10 @@
-// Hopper building blocks: 16-byte asynchronous copies into swizzled shared memory and warpgroup matrix products.
+// Hopper building blocks: bulk copies of tiles into swizzled shared memory, their barriers, and warpgroup products.
 //
 // A tile is rows of 64 16-bit elements, 128 bytes each, whose eight 16-byte chunks are permuted by the row:
 // chunk c of row r lies at r * 128 + (c ^ (r % 8)) * 16. Tiles start at multiples of 1024 bytes.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -29,24 +30,46 @@ __device__ inline uint32_t swizzled(int row, int chunk) {
   return row * kTileRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
 }
 
-// Copies 16 bytes, or writes zeros where `inside` is false (the source is then not read).
-__device__ inline void copy_chunk(uint32_t to, const void* from, bool inside) {
-  const int bytes = inside ? kChunkBytes : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most `Pending` of this thread's committed groups are unfinished.
-template <int Pending>
-__device__ inline void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
-}
-
-// Makes this thread's shared-memory writes, copies included, visible to wgmma; a barrier must follow.
+// Makes this thread's shared-memory writes visible to wgmma and bulk copies; a barrier must follow.
 __device__ inline void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 #ifdef FA_HOPPER
+
+// ---- barriers in shared memory: `arrivals` threads and any expected bytes complete a phase
+
+__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for the end of the barrier's phase of this parity; the phase before the first has parity 1.
+__device__ inline void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Barrier among the 128 threads of a warpgroup; 0 is that of __syncthreads.
+__device__ inline void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+
+// Starts the copy of a box of 64 rows from `row` on of one head; rows and columns outside the tensor arrive as zeros.
+__device__ inline void copy_tile(uint32_t tile, const CUtensorMap* map, int head, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(tile),
+      "l"(map), "r"(0), "r"(head), "r"(row), "r"(barrier)
+      : "memory");
+}
 
 // Descriptor of a tile as a wgmma operand: 128-byte swizzle, 1024 bytes between groups of 8 rows.
 __device__ inline uint64_t tile_descriptor(uint32_t address) {

@@ -19,13 +19,46 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "varlen_attention_fwd";
 constexpr int64_t kPairFrom = 256;  // longest key sequence from which a block has two warpgroups
 
-// 16-byte loads need whole chunks at multiples of 16 bytes; the public op asks the same before it picks this kernel.
-void check_rows(const Tensor& x, int64_t dim) {
-  FA_CHECK(x.dim() == 3 && x.size(2) <= kWidth, kOp, "q, k, v must be (T, heads, width) with width <= 64", x.size(2));
-  FA_CHECK(x.size(2) % 8 == 0 && (x.size(2) <= 1 || x.stride(2) == 1), kOp, "widths must be multiples of 8", x.size(2));
-  const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kChunkBytes == 0;
-  FA_CHECK(aligned && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0, kOp, "rows must start at multiples of 16 bytes",
-           x.stride(dim));
+// Bulk copies need rows at multiples of 16 bytes; the public op asks the same before it picks this kernel.
+void check_rows(const Tensor& x) {
+  FA_CHECK(x.dim() == 3 && x.size(2) <= kWidth && x.size(2) % 8 == 0, kOp,
+           "q, k, v must be (T, heads, width) with a width of 8, 16 .. 64", x.size(2));
+  FA_CHECK(x.stride(2) == 1, kOp, "the last dim must be contiguous", x.stride(2));
+  for (int dim = 0; dim < 2; ++dim) {
+    FA_CHECK(x.size(dim) <= 1 || (x.stride(dim) > 0 && x.stride(dim) % 8 == 0), kOp,
+             "rows and heads must lie at multiples of 16 bytes", x.stride(dim));
+  }
+  FA_CHECK(reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kChunkBytes == 0, kOp,
+           "q, k, v must start at multiples of 16 bytes", x.stride(0));
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+EncodeTiled encode_tiled() {
+  static const EncodeTiled encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    STD_CUDA_CHECK(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
+    return reinterpret_cast<EncodeTiled>(entry);
+  }();
+  return encode;
+}
+
+// x (T, heads, width) in boxes of 64 rows of one head, as tiles of hopper.cuh. Empty x gives a map that is never used.
+CUtensorMap tile_map(const Tensor& x, bool half) {
+  CUtensorMap map = {};
+  if (x.numel() == 0) return map;
+  const auto extent = [&](int dim) { return static_cast<cuuint64_t>(x.size(dim)); };
+  const auto bytes = [&](int dim) { return static_cast<cuuint64_t>(x.size(dim) > 1 ? 2 * x.stride(dim) : 128); };
+  const cuuint64_t sizes[] = {extent(2), extent(1), extent(0)}, strides[] = {bytes(1), bytes(0)};
+  const cuuint32_t box[] = {kWidth, 1, kRowTile}, steps[] = {1, 1, 1};
+  const CUresult status =
+      encode_tiled()(&map, half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+                     const_cast<void*>(x.const_data_ptr()), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                     CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  FA_CHECK(status == CUDA_SUCCESS, kOp, "the driver must encode the tensor map", static_cast<int>(status));
+  return map;
 }
 
 void check_offsets(const Tensor& cu) {
@@ -38,7 +71,7 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& q, const Tensor& k
                                                 int64_t max_k, double scale, int64_t window_left, int64_t window_right,
                                                 bool top_left) {
   const CudaLaunch launch(q);
-  for (const Tensor* x : {&q, &k, &v}) check_rows(*x, 0);
+  for (const Tensor* x : {&q, &k, &v}) check_rows(*x);
   check_offsets(cu_q);
   check_offsets(cu_k);
   const int64_t total_q = q.size(0), total_k = k.size(0), heads = q.size(1), heads_kv = k.size(1);
@@ -46,7 +79,7 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& q, const Tensor& k
            k.size(2));
   FA_CHECK(heads_kv > 0 && heads % heads_kv == 0, kOp, "the heads of k must divide the heads of q", heads_kv);
   FA_CHECK(cu_q.size(0) == cu_k.size(0), kOp, "cu_seqlens_q and cu_seqlens_k must have one length", cu_k.size(0));
-  FA_CHECK(scale >= 0, kOp, "scale must be >= 0", scale);
+  FA_CHECK(scale > 0, kOp, "scale must be > 0", scale);
   const bool half = q.scalar_type() == ScalarType::Half;
   FA_CHECK(half || q.scalar_type() == ScalarType::BFloat16, kOp, "q must be float16 or bfloat16",
            static_cast<int>(q.scalar_type()));
@@ -59,26 +92,19 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& q, const Tensor& k
              kOp, "tiles must be a plan's (N, 4) int32 list", tiles->dim());
   }
   VarlenForwardArgs args;
-  args.q = q.const_data_ptr();
-  args.k = k.const_data_ptr();
-  args.v = v.const_data_ptr();
+  args.q = tile_map(q, half);
+  args.k = tile_map(k, half);
+  args.v = tile_map(v, half);
   args.out = out.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr<float>();
   args.cu_seqlens_q = cu_q.const_data_ptr<int32_t>();
   args.cu_seqlens_k = cu_k.const_data_ptr<int32_t>();
   args.tiles = tiles ? static_cast<const Tile*>(tiles->const_data_ptr()) : nullptr;
-  args.q_row = q.stride(0);
-  args.q_head = q.stride(1);
-  args.k_row = k.stride(0);
-  args.k_head = k.stride(1);
-  args.v_row = v.stride(0);
-  args.v_head = v.stride(1);
   args.batch = static_cast<int>(cu_q.size(0) - 1);
   args.total_q = static_cast<int>(total_q);
   args.total_k = static_cast<int>(total_k);
   args.heads = static_cast<int>(heads);
   args.group = static_cast<int>(heads / heads_kv);
-  args.width = static_cast<int>(q.size(2));
   args.width_v = static_cast<int>(v.size(2));
   args.window_left = static_cast<int>(std::min<int64_t>(window_left, 1 << 30));
   args.window_right = static_cast<int>(std::min<int64_t>(window_right, 1 << 30));

@@ -21,41 +21,25 @@ constexpr int kKeyBlock = 64;  // keys of a block
 constexpr int kStages = 4;     // key blocks in shared memory: two arriving, one in Q K^T, one in P V
 constexpr int kWarpgroup = 128;
 constexpr int kTileBytes = kRowTile * kTileRowBytes;
-constexpr int shared_bytes(int warpgroups) { return (warpgroups + 2 * kStages) * kTileBytes; }
+constexpr int kBarrierBytes = 8 * (1 + 2 * kStages);
+constexpr int shared_bytes(int warpgroups) { return (warpgroups + 2 * kStages) * kTileBytes + kBarrierBytes; }
 // A row's reference maximum moves only when its scores outgrow it by this factor of 2: P stays below 2^8 and the
 // accumulator is rescaled a few times a sequence instead of once a block.
 constexpr float kRescaleThreshold = 8.0f;
 
 struct VarlenForwardArgs {
-  const void *q, *k, *v;  // (Tq, H, D), (Tk, Hkv, D), (Tk, Hkv, DV)
-  void* out;              // (Tq, H, DV)
-  float* lse;             // (H, Tq)
+  CUtensorMap q, k, v;  // (Tq, H, D), (Tk, Hkv, D), (Tk, Hkv, DV) in boxes of 64 rows of one head
+  void* out;            // (Tq, H, DV)
+  float* lse;           // (H, Tq)
   const int *cu_seqlens_q, *cu_seqlens_k;
-  const Tile* tiles;                                    // or null
-  int64_t q_row, q_head, k_row, k_head, v_row, v_head;  // strides in elements
-  int batch, total_q, total_k, heads, group, width, width_v;
+  const Tile* tiles;  // or null
+  int batch, total_q, total_k, heads, group, width_v;
   int window_left, window_right;  // -1 = unbounded
   bool top_left, self_attention;
   float scale_log2;  // scale * log2(e), >= 0
 };
 
 #ifdef FA_HOPPER
-
-// Starts the copy of 64 rows from `row` on of one head into a tile; rows from `rows` on and columns from `width` on are
-// zeros, so that nothing outside the sequence, NaN included, reaches a product.
-template <class T, int Threads>
-__device__ inline void copy_tile(uint32_t tile, const T* head, int64_t row_stride, int row, int rows, int width,
-                                 int thread) {
-  const int chunk = thread % kTileRowChunks;
-  const bool column_inside = chunk * (kChunkBytes / int{sizeof(T)}) < width;
-#  pragma unroll
-  for (int i = 0; i < kRowTile / (Threads / kTileRowChunks); ++i) {
-    const int r = i * (Threads / kTileRowChunks) + thread / kTileRowChunks;
-    const bool inside = column_inside && row + r < rows;
-    const T* from = head + (row + r) * row_stride + chunk * (kChunkBytes / sizeof(T));
-    copy_chunk(tile + swizzled(r, chunk), inside ? from : head, inside);
-  }
-}
 
 // Online softmax of one row tile: 64 rows, two of them this thread's.
 struct RowTile {
@@ -180,86 +164,110 @@ __device__ inline void write_rows(const VarlenForwardArgs& args, RowTile& tile, 
   }
 }
 
-// All key blocks for the rows of one block: `Warpgroups` row tiles from place.row on, of one head.
+// All key blocks for the rows of one block: `Warpgroups` row tiles from place.row on, of one head. The first thread
+// also starts the copies, two key blocks ahead; `arrived` and `released` of a stage hand it back and forth.
 template <class T, int Warpgroups>
 __device__ inline void attend(const VarlenForwardArgs& args, char* shared, const TilePlace& place, const Span& keys,
                               int head) {
-  constexpr int threads = Warpgroups * kWarpgroup;
-  const T* q = static_cast<const T*>(args.q) + place.start * args.q_row + head * args.q_head;
-  const T* k = static_cast<const T*>(args.k) + keys.start * args.k_row + head / args.group * args.k_head;
-  const T* v = static_cast<const T*>(args.v) + keys.start * args.v_row + head / args.group * args.v_head;
   const int warpgroup = threadIdx.x / kWarpgroup, row = place.row + warpgroup * kRowTile;
   char* const q_rows = shared + warpgroup * kTileBytes;
-  const uint32_t q_tile = shared_address(q_rows), stages = shared_address(shared) + Warpgroups * kTileBytes;
+  const uint32_t q_tiles = shared_address(shared), stages = q_tiles + Warpgroups * kTileBytes;
+  const uint32_t q_arrived = stages + 2 * kStages * kTileBytes;
+  const auto arrived = [&](int use) { return q_arrived + 8 * (1 + use % kStages); };
+  const auto released = [&](int use) { return q_arrived + 8 * (1 + kStages + use % kStages); };
   const KeyWindow window = {keys.length, args.top_left ? 0 : keys.length - place.length, args.window_left,
                             args.window_right};
   // Union of the key intervals of the block's rows, in key blocks; blocks outside the intersection of this warpgroup's
   // rows are masked.
-  const int block_last = min(place.row + threads / 2, place.length) - 1, last = min(row + kRowTile, place.length) - 1;
+  const int block_last = min(place.row + Warpgroups * kRowTile, place.length) - 1;
+  const int last = min(row + kRowTile, place.length) - 1;
   const int begin = window.first(place.row) / kKeyBlock;
-  const int end = (window.last(block_last) + kKeyBlock - 1) / kKeyBlock;
-  const int full_begin = (window.first(last) + kKeyBlock - 1) / kKeyBlock, full_end = window.last(row) / kKeyBlock;
-  const bool active = row < place.length;
+  const int uses = (window.last(block_last) + kKeyBlock - 1) / kKeyBlock - begin;
+  const int full_begin = (window.first(last) + kKeyBlock - 1) / kKeyBlock - begin;
+  const int full_end = window.last(row) / kKeyBlock - begin;
+  const int head_kv = head / args.group;
+  const int row_tiles = place.row + kRowTile < place.length ? Warpgroups : 1;
 
-  const auto stage = [&](int block) { return stages + block % kStages * 2 * kTileBytes; };
-  const auto copy_block = [&](int block) {
-    if (block < end) {
-      copy_tile<T, threads>(stage(block), k, args.k_row, block * kKeyBlock, keys.length, args.width, threadIdx.x);
-      copy_tile<T, threads>(stage(block) + kTileBytes, v, args.v_row, block * kKeyBlock, keys.length, args.width_v,
-                            threadIdx.x);
+  if (threadIdx.x == 0) {
+    barrier_init(q_arrived, 1);
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(arrived(stage), 1);
+      barrier_init(released(stage), row_tiles);
     }
-    copies_commit();
+    fence_async_proxy();
+  }
+  __syncthreads();
+  if (row >= place.length) return;
+
+  const auto stage = [&](int use) { return stages + use % kStages * 2 * kTileBytes; };
+  const auto start_copies = [&](int use) {
+    if (threadIdx.x != 0 || use >= uses) return;
+    if (use >= kStages) barrier_wait(released(use), (use / kStages - 1) & 1);
+    barrier_expect(arrived(use), 2 * kTileBytes);
+    copy_tile(stage(use), &args.k, head_kv, keys.start + (begin + use) * kKeyBlock, arrived(use));
+    copy_tile(stage(use) + kTileBytes, &args.v, head_kv, keys.start + (begin + use) * kKeyBlock, arrived(use));
+  };
+  // A copied tile runs on into the next sequence: those keys are masked, but 0 * NaN is NaN, so their values are
+  // zeroed. Each warpgroup does it for itself, which needs no barrier between them.
+  const auto zero_values = [&](int use) {
+    const int rows = keys.length - (begin + use) * kKeyBlock;
+    if (rows >= kKeyBlock) return;
+    char* values = shared + (stage(use) - q_tiles) + kTileBytes;
+    for (int at = rows * kTileRowBytes + threadIdx.x % kWarpgroup * kChunkBytes; at < kTileBytes;
+         at += kWarpgroup * kChunkBytes) {
+      *reinterpret_cast<uint4*>(values + at) = uint4{};
+    }
+    fence_async_proxy();
+    warpgroup_sync(1 + warpgroup);
   };
   RowTile tile;
-  const auto weigh = [&](int block) {
+  const auto weigh = [&](int use) {
     wgmma_commit();
     wgmma_wait<0>();
-    if (block < full_begin || block >= full_end) tile.mask(window, row, block * kKeyBlock);
+    if (use > 0 && threadIdx.x % kWarpgroup == 0) barrier_arrive(released(use - 1));
+    if (use < full_begin || use >= full_end) tile.mask(window, row, (begin + use) * kKeyBlock);
     tile.template softmax<T>(args.scale_log2);
   };
-  // Waits for the copies of `block`. Everyone has then also finished the products of the block two before, whose stage
-  // the copies started here overwrite.
-  const auto arrive = [&](int block) {
-    copies_wait<1>();
-    fence_async_proxy();
-    __syncthreads();
-    copy_block(block + 2);
-  };
 
-  if (begin < end) {
-    copy_tile<T, kWarpgroup>(q_tile, q, args.q_row, row, place.length, args.width, threadIdx.x % kWarpgroup);
-    copy_block(begin);
-    copy_block(begin + 1);
-    arrive(begin);
-    if (active) {
-      wgmma_fence();
-      start_scores<T>(tile, q_tile, stage(begin));
-      weigh(begin);
-    }
-    for (int block = begin + 1; block < end; ++block) {
-      arrive(block);
-      if (active) {
-        wgmma_fence();
-        start_values<T>(tile, stage(block - 1) + kTileBytes);
-        start_scores<T>(tile, q_tile, stage(block));
-        weigh(block);
+  if (uses > 0) {
+    if (threadIdx.x == 0) {
+      barrier_expect(q_arrived, row_tiles * kTileBytes);
+      for (int t = 0; t < row_tiles; ++t) {
+        copy_tile(q_tiles + t * kTileBytes, &args.q, head, place.start + place.row + t * kRowTile, q_arrived);
       }
     }
-    if (active) {
+    const uint32_t q_tile = q_tiles + warpgroup * kTileBytes;
+    start_copies(0);
+    start_copies(1);
+    start_copies(2);
+    barrier_wait(q_arrived, 0);
+    barrier_wait(arrived(0), 0);
+    wgmma_fence();
+    start_scores<T>(tile, q_tile, stage(0));
+    weigh(0);
+    for (int use = 1; use < uses; ++use) {
+      start_copies(use + 2);
+      barrier_wait(arrived(use), use / kStages & 1);
       wgmma_fence();
-      start_values<T>(tile, stage(end - 1) + kTileBytes);
-      wgmma_commit();
-      wgmma_wait<0>();
+      start_values<T>(tile, stage(use - 1) + kTileBytes);
+      start_scores<T>(tile, q_tile, stage(use));
+      weigh(use);
     }
+    zero_values(uses - 1);
+    wgmma_fence();
+    start_values<T>(tile, stage(uses - 1) + kTileBytes);
+    wgmma_commit();
+    wgmma_wait<0>();
+    warpgroup_sync(1 + warpgroup);  // the query rows become staging
   }
-  if (active) write_rows<T>(args, tile, q_rows, row, place.length, place.start, head);
+  write_rows<T>(args, tile, q_rows, row, place.length, place.start, head);
 }
 
 #endif  // FA_HOPPER
 
 template <class T, int Warpgroups>
 __global__ void __launch_bounds__(Warpgroups* kWarpgroup, 4 / Warpgroups)
-    varlen_attention_fwd_kernel(const VarlenForwardArgs args) {
+    varlen_attention_fwd_kernel(const __grid_constant__ VarlenForwardArgs args) {
 #ifdef FA_HOPPER
   extern __shared__ __align__(1024) char shared[];
   constexpr int parts = kTile / (Warpgroups * kRowTile);  // blocks of a slot

@@ -199,16 +199,17 @@ def _refuse_cuda(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, t
         reason = "needs a Hopper GPU (compute capability 9.0)"
     if reason is None and q.dtype not in (torch.float16, torch.bfloat16):
         reason = f"needs float16 or bfloat16; got {q.dtype}"
-    if reason is None and scale < 0:
-        reason = f"needs scale >= 0; got {scale}"
+    if reason is None and scale <= 0:
+        reason = f"needs scale > 0; got {scale}"
     if reason is None and any(not _fits_chunks(x) for x in (q, k, v)):
         reason = "needs widths up to 64 and rows at multiples of 16 bytes"
     return reason
 
 
 def _fits_chunks(x):
-    """Whether rows can be read in 16-byte chunks into tiles of width 64."""
-    chunked = x.shape[2] <= 64 and (x.shape[2] | x.stride(0) | x.stride(1)) % 8 == 0
+    """Whether a bulk copy can read heads of x as tiles of width 64."""
+    strides = [stride for stride, size in zip(x.stride()[:2], x.shape) if size > 1]
+    chunked = x.shape[2] <= 64 and x.shape[2] % 8 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
     return chunked and (torch.compiler.is_compiling() or x.data_ptr() % 16 == 0)
 
 
