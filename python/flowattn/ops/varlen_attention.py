@@ -182,7 +182,8 @@ def _check_extras(softcap, alibi_slopes, bias, heads, batch):
 
 
 def _reference(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, extras):
-    return reference(q, k, v, cu_q, cu_k, scale, left, right, top_left, **extras)
+    with torch.autocast(q.device.type, enabled=False):  # its products stay in float32
+        return reference(q, k, v, cu_q, cu_k, scale, left, right, top_left, **extras)
 
 
 def _refuse_extras(extras):
