@@ -36,7 +36,7 @@ struct VarlenForwardArgs {
   int batch, total_q, total_k, heads, group, width_v;
   int window_left, window_right;  // -1 = unbounded
   bool top_left, self_attention;
-  float scale_log2;  // scale * log2(e), >= 0
+  float scale_log2;  // scale * log2(e), > 0
 };
 
 #ifdef FA_HOPPER
@@ -77,16 +77,15 @@ struct RowTile {
       for (int j = 0; j < 8; ++j) m = fmaxf(m, fmaxf(scores[4 * j + 2 * half], scores[4 * j + 2 * half + 1]));
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
       m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-      // scale may be 0: a masked score stays -inf instead of becoming NaN.
-      largest[half] = m == -INFINITY ? -INFINITY : m * scale;
+      largest[half] = m * scale;
     }
-    const bool outgrown = largest[0] > top[0] + kRescaleThreshold || largest[1] > top[1] + kRescaleThreshold;
-    if (__any_sync(0xffffffffu, outgrown)) {
+    // Each row decides for itself, so that its bits depend on no other row, least of all on another sequence's.
+    const bool outgrown[2] = {largest[0] > top[0] + kRescaleThreshold, largest[1] > top[1] + kRescaleThreshold};
+    if (__any_sync(0xffffffffu, outgrown[0] || outgrown[1])) {
 #  pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float moved = fmaxf(top[half], largest[half]);
-        const float factor = top[half] == moved ? 1.0f : exp2_fast(top[half] - moved);
-        top[half] = moved;
+        const float factor = outgrown[half] ? exp2_fast(top[half] - largest[half]) : 1.0f;
+        top[half] = outgrown[half] ? largest[half] : top[half];
         total[half] *= factor;
 #  pragma unroll
         for (int j = 0; j < 8; ++j) {
