@@ -39,14 +39,24 @@ def _store_rows(base, row, stride, length, offs_r, offs_c, value, COLS: tl.const
     tl.store(pointers, value.to(base.dtype.element_ty), mask=inside)
 
 
+# float32 works in natural units on queries scaled before the product, so that the score of a forward pass, its LSE and
+# the score of a backward pass agree to the last bit: a row that sees one key has P = 1 exactly. The half-precision
+# types work in units of log2(e), which spares a product per score, and scale the raw product by `unit`.
+
+
+@triton.jit
+def _exp(x, PRECISION: tl.constexpr):
+    return tl.exp(x) if PRECISION == "tf32x3" else tl.exp2(x)
+
+
 @triton.jit
 def _fwd_keys(
-    acc, top, total, q, k, v, stride_k, stride_v, begin, end, row, length, shift, left, right, scale2,
+    acc, top, total, q, k, v, stride_k, stride_v, begin, end, row, length, shift, left, right, unit,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     MASKED: tl.constexpr, NEGATIVE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the key blocks of [begin, end); scores carry log2(e), and top is in that unit too."""
+    """Online softmax over the key blocks of [begin, end); `top` and the scaled scores are in the unit of _exp."""
     offs_m, offs_n, offs_d, offs_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     for key in tl.range(begin, end, BN):
         kt = tl.trans(_rows(k, key, stride_k, length, offs_n, offs_d, D, BD, MASKED))
@@ -57,15 +67,15 @@ def _fwd_keys(
             keep = visible(
                 (row + offs_m)[:, None], (key + offs_n)[None, :], length, shift, left, right, HAS_LEFT, HAS_RIGHT
             )
-            s = tl.where(keep, s * scale2, float("-inf"))
+            s = tl.where(keep, s * unit, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(s - finite[:, None])
+            p = _exp(s - finite[:, None], PRECISION)
         else:
-            new_top = tl.maximum(top, tl.max(s, 1) * scale2)
+            new_top = tl.maximum(top, tl.max(s, 1) * unit)
             finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(s * scale2 - finite[:, None])
-        correction = tl.exp2(top - finite)
+            p = _exp(s * unit - finite[:, None], PRECISION)
+        correction = _exp(top - finite, PRECISION)
         total = total * correction + tl.sum(p, 1)
         acc = acc * correction[:, None]
         vb = _rows(v, key, stride_v, length, offs_n, offs_dv, DV, BDV, MASKED)
@@ -82,7 +92,7 @@ def varlen_attention_fwd_kernel(
     out,  # (Tq, H, DV)
     lse,  # (H, Tq)
     cu_q, cu_k, tiles, batch, total_q, total_k, steps, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    scale2, left, right,
+    scale, unit, left, right,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, SELF: tl.constexpr, NEGATIVE: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
@@ -105,6 +115,8 @@ def varlen_attention_fwd_kernel(
     v += tl.cast(start_k, tl.int64) * stride_vt + h // GROUP * stride_vh
     offs_m, offs_d = tl.arange(0, BM), tl.arange(0, BD)
     q_tile = _rows(q, row, stride_qt, length_q, offs_m, offs_d, D, BD, True)
+    if PRECISION == "tf32x3":
+        q_tile *= scale
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
@@ -112,20 +124,20 @@ def varlen_attention_fwd_kernel(
     if HAS_LEFT:
         acc, top, total = _fwd_keys(
             acc, top, total, q_tile, k, v, stride_kt, stride_vt, begin, full_begin, row, length_k, shift, left, right,
-            scale2, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
+            unit, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
     acc, top, total = _fwd_keys(
         acc, top, total, q_tile, k, v, stride_kt, stride_vt, full_begin, full_end, row, length_k, shift, left, right,
-        scale2, D, DV, BM, BN, BD, BDV, False, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
+        unit, D, DV, BM, BN, BD, BDV, False, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
     )  # fmt: skip
     acc, top, total = _fwd_keys(
         acc, top, total, q_tile, k, v, stride_kt, stride_vt, full_end, end, row, length_k, shift, left, right,
-        scale2, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
+        unit, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
     )  # fmt: skip
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
-    row_lse = tl.where(empty, float("-inf"), top * LN2 + tl.log(total))
+    row_lse = tl.where(empty, float("-inf"), (top if PRECISION == "tf32x3" else top * LN2) + tl.log(total))
     _store_rows(
         out + (tl.cast(start, tl.int64) * HEADS + h) * DV, row, HEADS * DV, length_q, offs_m, tl.arange(0, BDV), acc, DV
     )
@@ -133,47 +145,63 @@ def varlen_attention_fwd_kernel(
 
 
 @triton.jit
-def _probabilities(s, lse2, scale2, NEGATIVE: tl.constexpr):
-    """exp(score - LSE) from raw products; LSE (in log2 units) broadcasts and is +inf where the row is masked."""
+def _probabilities(s, lse, unit, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr):
+    """exp(score - LSE) from products; LSE broadcasts and is +inf where the row is masked."""
     if NEGATIVE:
         s = -s
-    return tl.exp2(s * scale2 - lse2)
+    return _exp(s * unit - lse, PRECISION)
 
 
 @triton.jit
-def _row_lse(lse, row, offs, length):
-    """LSE of rows in log2 units, +inf for rows that see nothing or do not exist, so that exp2(s - LSE) is 0."""
+def _row_lse(lse, row, offs, length, PRECISION: tl.constexpr):
+    """LSE of rows in the unit of _exp, +inf for rows that see nothing or do not exist: exp(s - LSE) is 0."""
     value = tl.load(lse + row + offs, mask=row + offs < length, other=float("inf"))
-    return tl.where(value == float("-inf"), float("inf"), value * LOG2E)
+    return tl.where(value == float("-inf"), float("inf"), value if PRECISION == "tf32x3" else value * LOG2E)
 
 
 @triton.jit
-def _dq_keys(
-    dq, q, do, lse2, delta, k, v, stride_k, stride_v, begin, end, row, length, shift, left, right, scale2,
+def _p_and_dp(
+    q, do, lse_rows, k, v, stride_k, stride_v, row, key, length, shift, left, right, unit,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     MASKED: tl.constexpr, NEGATIVE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Key block, P and dP = dO V^T (both (BM, BN)) of one block of keys."""
     offs_m, offs_n, offs_d, offs_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    kb = _rows(k, key, stride_k, length, offs_n, offs_d, D, BD, MASKED)
+    vb = _rows(v, key, stride_v, length, offs_n, offs_dv, DV, BDV, MASKED)
+    s = tl.dot(q, tl.trans(kb), input_precision=PRECISION)
+    p = _probabilities(s, lse_rows[:, None], unit, NEGATIVE, PRECISION)
+    if MASKED:
+        keep = visible(
+            (row + offs_m)[:, None], (key + offs_n)[None, :], length, shift, left, right, HAS_LEFT, HAS_RIGHT
+        )
+        p = tl.where(keep, p, 0.0)
+    return kb, p, tl.dot(do, tl.trans(vb), input_precision=PRECISION)
+
+
+@triton.jit
+def _dq_keys(
+    dq, q, do, lse_rows, delta, k, v, stride_k, stride_v, begin, end, row, length, shift, left, right, unit,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    MASKED: tl.constexpr, NEGATIVE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     for key in tl.range(begin, end, BN):
-        kb = _rows(k, key, stride_k, length, offs_n, offs_d, D, BD, MASKED)
-        vb = _rows(v, key, stride_v, length, offs_n, offs_dv, DV, BDV, MASKED)
-        p = _probabilities(tl.dot(q, tl.trans(kb), input_precision=PRECISION), lse2[:, None], scale2, NEGATIVE)
-        if MASKED:
-            keep = visible(
-                (row + offs_m)[:, None], (key + offs_n)[None, :], length, shift, left, right, HAS_LEFT, HAS_RIGHT
-            )
-            p = tl.where(keep, p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(vb), input_precision=PRECISION) - delta[:, None])
+        kb, p, dp = _p_and_dp(
+            q, do, lse_rows, k, v, stride_k, stride_v, row, key, length, shift, left, right, unit, D, DV, BM, BN, BD,
+            BDV, MASKED, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
+        )  # fmt: skip
+        ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(kb.dtype), kb, dq, input_precision=PRECISION)
     return dq
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def varlen_attention_bwd_dq_kernel(
-    q, k, v, out, do, lse, dlse, delta, dq,  # dq (Tq, H, D); delta (H, Tq) = rowsum(dO * O) - dLSE, written here
+    q, k, v, out, do, lse, dlse, delta, dq,  # dq (Tq, H, D); delta (H, Tq) = rowsum(P * dP) - dLSE, written here
     cu_q, cu_k, tiles, batch, total_q, total_k, steps, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    stride_dot, stride_doh, stride_dlse, scale, scale2, left, right,
+    stride_dot, stride_doh, stride_dlse, scale, unit, left, right,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, SELF: tl.constexpr, NEGATIVE: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
@@ -200,35 +228,52 @@ def varlen_attention_bwd_dq_kernel(
     offs_m, offs_d, offs_dv = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
     inside = row + offs_m < length_q
     q_tile = _rows(q, row, stride_qt, length_q, offs_m, offs_d, D, BD, True)
+    if PRECISION == "tf32x3":
+        q_tile *= scale
     do_tile = _rows(do, row, stride_dot, length_q, offs_m, offs_dv, DV, BDV, True)
-    o_tile = _rows(out + (start * HEADS + h) * DV, row, HEADS * DV, length_q, offs_m, offs_dv, DV, BDV, True)
-    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    lse_rows = _row_lse(lse + per_row, row, offs_m, length_q, PRECISION)
+    row_dlse = tl.zeros([BM], tl.float32)
     if dlse is not None:
-        row_delta -= tl.load(dlse + tl.cast(h, tl.int64) * stride_dlse + start + row + offs_m, mask=inside, other=0.0)
-    tl.store(delta + per_row + row + offs_m, row_delta, mask=inside)
-    lse2 = _row_lse(lse + per_row, row, offs_m, length_q)
+        row_dlse = tl.load(dlse + tl.cast(h, tl.int64) * stride_dlse + start + row + offs_m, mask=inside, other=0.0)
     acc = tl.zeros([BM, BD], tl.float32)
     begin, full_begin, full_end, end = tile_interval(row, BM, length_k, shift, left, right, BN, HAS_LEFT, HAS_RIGHT)
-    if HAS_LEFT:
-        acc = _dq_keys(
-            acc, q_tile, do_tile, lse2, row_delta, k, v, stride_kt, stride_vt, begin, full_begin, row, length_k, shift,
-            left, right, scale2, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
+    if (begin < end) & (end - begin <= BN):
+        # With one key block, P can be normalised anew and rowsum(P * dP) is at hand. Where a row sees few keys they
+        # cancel against dP to the last bit, which exp(score - LSE) and rowsum(dO * O), equal on paper, do not.
+        kb, p, dp = _p_and_dp(
+            q_tile, do_tile, lse_rows, k, v, stride_kt, stride_vt, row, begin, length_k, shift, left, right, unit, D,
+            DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
-    acc = _dq_keys(
-        acc, q_tile, do_tile, lse2, row_delta, k, v, stride_kt, stride_vt, full_begin, full_end, row, length_k, shift,
-        left, right, scale2, D, DV, BM, BN, BD, BDV, False, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
-    )  # fmt: skip
-    acc = _dq_keys(
-        acc, q_tile, do_tile, lse2, row_delta, k, v, stride_kt, stride_vt, full_end, end, row, length_k, shift,
-        left, right, scale2, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
-    )  # fmt: skip
+        seen = tl.sum(p, 1)
+        p = p / tl.where(seen == 0.0, 1.0, seen)[:, None]
+        row_delta = tl.sum(p * dp, 1) - row_dlse
+        ds = p * (dp - row_delta[:, None])
+        acc = tl.dot(ds.to(kb.dtype), kb, acc, input_precision=PRECISION)
+    else:
+        o_tile = _rows(out + (start * HEADS + h) * DV, row, HEADS * DV, length_q, offs_m, offs_dv, DV, BDV, True)
+        row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1) - row_dlse
+        if HAS_LEFT:
+            acc = _dq_keys(
+                acc, q_tile, do_tile, lse_rows, row_delta, k, v, stride_kt, stride_vt, begin, full_begin, row, length_k,
+                shift, left, right, unit, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
+            )  # fmt: skip
+        acc = _dq_keys(
+            acc, q_tile, do_tile, lse_rows, row_delta, k, v, stride_kt, stride_vt, full_begin, full_end, row, length_k,
+            shift, left, right, unit, D, DV, BM, BN, BD, BDV, False, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
+        )  # fmt: skip
+        acc = _dq_keys(
+            acc, q_tile, do_tile, lse_rows, row_delta, k, v, stride_kt, stride_vt, full_end, end, row, length_k, shift,
+            left, right, unit, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
+        )  # fmt: skip
+    tl.store(delta + per_row + row + offs_m, row_delta, mask=inside)
     _store_rows(dq + (start * HEADS + h) * D, row, HEADS * D, length_q, offs_m, offs_d, acc * scale, D)
 
 
 @triton.jit
 def _dkv_queries(
     dk, dv, kb, vb, q, do, lse, delta, stride_q, stride_do, begin, end, key, length_q, length_k, shift, left, right,
-    scale2, D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    scale, unit,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     MASKED: tl.constexpr, NEGATIVE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -236,8 +281,13 @@ def _dkv_queries(
     for row in tl.range(begin, end, BM):
         qb = _rows(q, row, stride_q, length_q, offs_m, offs_d, D, BD, MASKED)
         dob = _rows(do, row, stride_do, length_q, offs_m, offs_dv, DV, BDV, MASKED)
-        lse2 = _row_lse(lse, row, offs_m, length_q)
-        p = _probabilities(tl.dot(kb, tl.trans(qb), input_precision=PRECISION), lse2[None, :], scale2, NEGATIVE)
+        lse_rows = _row_lse(lse, row, offs_m, length_q, PRECISION)
+        if PRECISION == "tf32x3":
+            qb *= scale
+            s = tl.trans(tl.dot(qb, tl.trans(kb), input_precision=PRECISION))  # summed as in the forward pass
+        else:
+            s = tl.dot(kb, tl.trans(qb), input_precision=PRECISION)
+        p = _probabilities(s, lse_rows[None, :], unit, NEGATIVE, PRECISION)
         if MASKED:
             keep = visible(
                 (row + offs_m)[None, :], (key + offs_n)[:, None], length_k, shift, left, right, HAS_LEFT, HAS_RIGHT
@@ -254,7 +304,7 @@ def _dkv_queries(
 def varlen_attention_bwd_dkv_kernel(
     q, k, v, do, lse, delta, dk, dv,  # dk (Tk, Hkv, D), dv (Tk, Hkv, DV); delta (H, Tq)
     cu_q, cu_k, tiles, batch, total_q, total_k, steps, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    stride_dot, stride_doh, scale, scale2, left, right,
+    stride_dot, stride_doh, scale, unit, left, right,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, SELF: tl.constexpr, NEGATIVE: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
@@ -288,21 +338,23 @@ def varlen_attention_bwd_dkv_kernel(
         if HAS_RIGHT:
             dk_acc, dv_acc = _dkv_queries(
                 dk_acc, dv_acc, kb, vb, q_head, do_head, lse + per_row, delta + per_row, stride_qt, stride_dot, begin,
-                full_begin, key, length_q, length_k, shift, left, right, scale2, D, DV, BM, BN, BD, BDV, True, NEGATIVE,
-                HAS_LEFT, HAS_RIGHT, PRECISION,
+                full_begin, key, length_q, length_k, shift, left, right, scale, unit, D, DV, BM, BN, BD, BDV, True,
+                NEGATIVE, HAS_LEFT, HAS_RIGHT, PRECISION,
             )  # fmt: skip
         dk_acc, dv_acc = _dkv_queries(
             dk_acc, dv_acc, kb, vb, q_head, do_head, lse + per_row, delta + per_row, stride_qt, stride_dot, full_begin,
-            full_end, key, length_q, length_k, shift, left, right, scale2, D, DV, BM, BN, BD, BDV, False, NEGATIVE,
+            full_end, key, length_q, length_k, shift, left, right, scale, unit, D, DV, BM, BN, BD, BDV, False, NEGATIVE,
             HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
         dk_acc, dv_acc = _dkv_queries(
             dk_acc, dv_acc, kb, vb, q_head, do_head, lse + per_row, delta + per_row, stride_qt, stride_dot, full_end,
-            end, key, length_q, length_k, shift, left, right, scale2, D, DV, BM, BN, BD, BDV, True, NEGATIVE, HAS_LEFT,
-            HAS_RIGHT, PRECISION,
+            end, key, length_q, length_k, shift, left, right, scale, unit, D, DV, BM, BN, BD, BDV, True, NEGATIVE,
+            HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
+    if PRECISION != "tf32x3":  # there the queries were scaled
+        dk_acc *= scale
     hkv = start_k * HEADS + h
-    _store_rows(dk + hkv * D, key, HEADS * D, length_k, offs_n, offs_d, dk_acc * scale, D)
+    _store_rows(dk + hkv * D, key, HEADS * D, length_k, offs_n, offs_d, dk_acc, D)
     _store_rows(dv + hkv * DV, key, HEADS * DV, length_k, offs_n, offs_dv, dv_acc, DV)
 
 
@@ -316,13 +368,18 @@ def _slots(cu, tiles, total):
     return tiles.shape[0] if tiles is not None else total // TILE + cu.shape[0]
 
 
+def _unit(q, scale):
+    """What turns the kernels' products into scores, in the unit of _exp."""
+    return 1.0 if q.dtype == torch.float32 else abs(scale) * LOG2E.value
+
+
 def _constants(q, k, v, cu_q, cu_k, left, right, top_left, scale):
     """The constexpr arguments after HEADS, in the kernels' order, and whether both sides share cu_seqlens."""
     width, width_v, itself = q.shape[2], v.shape[2], cu_k.data_ptr() == cu_q.data_ptr()
     blocks = max(16, triton.next_power_of_2(width)), max(16, triton.next_power_of_2(width_v))
     # tf32x3: three tensor-core products, float32 accuracy
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    masks = (scale < 0, left >= 0, right >= 0, top_left)
+    masks = (scale < 0 and precision != "tf32x3", left >= 0, right >= 0, top_left)
     return (q.shape[1] // k.shape[1], width, width_v, *blocks, itself, *masks, precision, TILE), itself
 
 
@@ -340,7 +397,7 @@ def varlen_attention_fwd(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, 
         (q.dtype, strides, alignments(q, k, v, cu_q, cu_k, tiles)),
         (
             q, k, v, out, lse, cu_q, cu_k, tiles, batch, total_q, total_k, (batch + 1).bit_length(), *strides,
-            abs(scale) * LOG2E.value, left, right,
+            scale, _unit(q, scale), left, right,
         ),
         (heads, *constants),
         config,
@@ -360,7 +417,7 @@ def varlen_attention_bwd(
     constants, itself = _constants(q, k, v, cu_q, cu_k, left, right, top_left, scale)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
     sizes = (batch, total_q, total_k, (batch + 1).bit_length())
-    factors = (scale, abs(scale) * LOG2E.value, left, right)
+    factors = (scale, _unit(q, scale), left, right)
     width, masked = max(q.shape[2], v.shape[2]), left >= 0 or right >= 0
     pointers = (q, k, v, dout, cu_q, cu_k, tiles)
     if dq.numel():

@@ -122,7 +122,8 @@ class Sequences {
   int64_t keys(int64_t b) const { return op_.cu_k[b + 1] - op_.cu_k[b]; }
   double pairs(int64_t b) const { return double(queries(b)) * keys(b); }
 
-  // One task per `q_step` query rows and `k_step` keys of every sequence that has both a query row and a key to visit.
+  // One task per `q_step` query rows and `k_step` keys of every sequence. A sequence without query rows, or without
+  // keys, has a task too: the backward must write the zeros of its other side.
   std::vector<VarlenTask> tasks(int64_t q_step, int64_t k_step) const {
     std::vector<VarlenTask> tasks;
     for (int64_t b : order_) {

@@ -72,6 +72,10 @@ inline T dot_row(const T* a, const S* b, int64_t n) {
   return reduce_sum<T>(sum);
 }
 
+// Whether one key tile holds all keys of a row. Then delta is the sum of probability * dprobability over that tile: it
+// cancels better than dout . out where few keys are seen, and `out` is not read.
+inline bool in_one_tile(KeyRange keys) { return keys.begin / kKeyTile == (keys.end - 1) / kKeyTile; }
+
 template <typename S, typename T = Compute<S>>
 class BackwardItem {
  public:
@@ -117,14 +121,16 @@ class BackwardItem {
     if (op_.want_dq) clear(at_.dq, rows * at_.ldq);
     for (int64_t r = 0; r < rows; ++r) {
       T* dout = at_.dout + r * at_.ldv;
+      at_.delta[r] = 0;
       at_.lse[r] = value_of<T>(op_.lse, head, row0 + r);
       if (at_.lse[r] == kMinusInfinity<T>) {
         at_.lse[r] = -kMinusInfinity<T>;
-        at_.delta[r] = 0;
         clear(dout, op_.width_v);
         continue;
       }
-      at_.delta[r] = dot_row<T>(dout, row_of<S>(op_.out, row0 + r, head), op_.width_v);
+      if (!in_one_tile(sequence_.row_keys(row0 - sequence_.q0 + r))) {
+        at_.delta[r] = dot_row<T>(dout, row_of<S>(op_.out, row0 + r, head), op_.width_v);
+      }
       if (op_.dlse.data) at_.delta[r] -= value_of<T>(op_.dlse, head, row0 + r);
     }
   }
@@ -142,9 +148,26 @@ class BackwardItem {
     }
   }
 
+  // Row r of the tile at query row `row`: scores and gradients of the probabilities become probabilities and gradients
+  // of the scores.
+  void softmax_gradient_row(T* p, T* ds, KeyRange keys, int64_t row, int64_t r) {
+    constexpr int W = kLanes<T>;
+    const int64_t n = keys.end - keys.begin;
+    const KeyRange seen = sequence_.row_keys(row + r);
+    hide_keys(p, keys.begin, n, seen);
+    const T lse = at_.lse[r];
+    Vec<T> sum = {};
+    for (int64_t j = 0; j < n; j += W) {
+      Vec<T> x = exp(load(p + j) - lse);
+      store(p + j, x);
+      sum += j + W <= n ? x * load(ds + j) : x * load_tail(ds + j, int(n - j));
+    }
+    const T delta = at_.delta[r] + (in_one_tile(seen) ? reduce_sum<T>(sum) : 0);
+    for (int64_t j = 0; j < n; j += W) store(ds + j, load(p + j) * (load(ds + j) - delta));
+  }
+
   // Adds the gradients of rows row..row+rows and of `keys`, a part of the key tile that starts at `first`.
   void score_tile(int64_t row, int64_t rows, int64_t first, KeyRange keys) {
-    constexpr int W = kLanes<T>;
     const KeySlot<T> slot = this->slot(first);
     const RowRange seeing = seeing_rows(sequence_, row, rows, keys);
     const int64_t count = seeing.end - seeing.begin, n = keys.end - keys.begin, skip = keys.begin - first;
@@ -153,14 +176,7 @@ class BackwardItem {
     gemm<T>(count, n, op_.width, q, ldq, 1, slot.kt + skip, ldk, at_.p, ldk, false);
     gemm<T>(count, n, op_.width_v, dout, ldv, 1, slot.vt + skip, ldk, at_.ds, ldk, false);
     for (int64_t r = 0; r < count; ++r) {
-      T *p = at_.p + r * ldk, *ds = at_.ds + r * ldk;
-      const T lse = at_.lse[seeing.begin + r], delta = at_.delta[seeing.begin + r];
-      hide_keys(p, keys.begin, n, sequence_.row_keys(row + seeing.begin + r));
-      for (int64_t j = 0; j < n; j += W) {
-        Vec<T> weight = exp(load(p + j) - lse);
-        store(p + j, weight);
-        store(ds + j, weight * (load(ds + j) - delta));
-      }
+      softmax_gradient_row(at_.p + r * ldk, at_.ds + r * ldk, keys, row, seeing.begin + r);
     }
     if (op_.want_dkv) {
       gemm<T>(n, op_.width_v, count, at_.p, 1, ldk, dout, ldv, slot.dv + skip * ldv, ldv, true);

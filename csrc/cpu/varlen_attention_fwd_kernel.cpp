@@ -114,7 +114,8 @@ template <typename S>
 void forward(const VarlenAttention& op, const VarlenTask* tasks, int64_t begin, int64_t end, void* memory) {
   const ForwardScratch<Compute<S>> scratch(op, memory);
   for (int64_t item = begin; item < end; ++item) {
-    forward_tile<S>(op, tasks[item / op.heads], item % op.heads, scratch);
+    const VarlenTask& task = tasks[item / op.heads];
+    if (task.q_begin < task.q_end) forward_tile<S>(op, task, item % op.heads, scratch);
   }
 }
 

@@ -182,7 +182,8 @@ def _check_extras(softcap, alibi_slopes, bias, heads, batch):
 
 
 def _reference(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, extras):
-    return reference(q, k, v, cu_q, cu_k, scale, left, right, top_left, **extras)
+    with torch.autocast(q.device.type, enabled=False):  # its products stay in float32
+        return reference(q, k, v, cu_q, cu_k, scale, left, right, top_left, **extras)
 
 
 def _refuse_extras(extras):
@@ -191,6 +192,26 @@ def _refuse_extras(extras):
 
 def _refuse_cpu(q, *rest):
     return _native.refuse_cpu(q) or _refuse_extras(rest[-1])
+
+
+def _refuse_cuda(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, extras):
+    reason = _native.refuse_cuda(q) or _refuse_extras(extras)
+    if reason is None and _native.capability(q.device) != (9, 0):
+        reason = "needs a Hopper GPU (compute capability 9.0)"
+    if reason is None and q.dtype not in (torch.float16, torch.bfloat16):
+        reason = f"needs float16 or bfloat16; got {q.dtype}"
+    if reason is None and scale <= 0:
+        reason = f"needs scale > 0; got {scale}"
+    if reason is None and any(not _fits_chunks(x) for x in (q, k, v)):
+        reason = "needs widths up to 64 and rows at multiples of 16 bytes"
+    return reason
+
+
+def _fits_chunks(x):
+    """Whether a bulk copy can read heads of x as tiles of width 64."""
+    strides = [stride for stride, size in zip(x.stride()[:2], x.shape) if size > 1]
+    chunked = x.shape[2] <= 64 and x.shape[2] % 8 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+    return chunked and (torch.compiler.is_compiling() or x.data_ptr() % 16 == 0)
 
 
 def _refuse_triton(q, k, v, *rest):
@@ -210,6 +231,7 @@ def _probe(device):
 _TABLE = dispatch.Table(
     _OP,
     _prepare,
+    dispatch.Backend("cuda", _refuse_cuda, _fwd, _bwd_triton),
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("triton", _refuse_triton, _fwd_triton, _bwd_triton),
     dispatch.Backend("reference", dispatch.never, None),

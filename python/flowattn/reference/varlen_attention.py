@@ -61,6 +61,7 @@ def varlen_attention(
         outs.append(out)
         lses.append(lse)
     rest = q.shape[0] - starts_q[-1]  # rows beyond the last sequence: zeros
-    outs.append(q.new_zeros((rest, heads, v.shape[-1]), dtype=work))
-    lses.append(q.new_full((heads, rest), float("-inf"), dtype=work))
+    nothing = sum(x[:0].sum(dtype=work) for x in (q, k, v))  # 0, and a gradient even where there are no sequences
+    outs.append(q.new_zeros((rest, heads, v.shape[-1]), dtype=work) + nothing)
+    lses.append(q.new_full((heads, rest), float("-inf"), dtype=work) + nothing)
     return torch.cat(outs).to(q.dtype), torch.cat(lses, 1)
