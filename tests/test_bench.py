@@ -50,7 +50,7 @@ def measure(**providers):
     said = []
     module = double_module(**providers)
     environment = records.environment(CPU)
-    lines = harness.run(module, CPU, environment=environment, floors=FLOORS, quick=True, say=said.append)
+    lines = list(harness.run(module, CPU, environment=environment, floors=FLOORS, quick=True, say=said.append))
     return {(made["provider"], made["direction"]): made for made in lines}, "\n".join(said)
 
 

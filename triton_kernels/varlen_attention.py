@@ -14,6 +14,7 @@ from .varlen_attention_configs import dkv_config, dq_config, forward_config
 
 # Sizes and window widths: compiled once for all values (see launch.py).
 UNSPECIALIZED = ("batch", "total_q", "total_k", "steps", "left", "right")
+UNREACHED = 1 << 30  # a window wider than any sequence; larger ones would not fit the kernels' int32
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -376,11 +377,13 @@ def _unit(q, scale):
 def _constants(q, k, v, cu_q, cu_k, left, right, top_left, scale):
     """The constexpr arguments after HEADS, in the kernels' order, and whether both sides share cu_seqlens."""
     width, width_v, itself = q.shape[2], v.shape[2], cu_k.data_ptr() == cu_q.data_ptr()
-    blocks = max(16, triton.next_power_of_2(width)), max(16, triton.next_power_of_2(width_v))
+    # One padded width for both: a value block narrower than the key block was computed wrongly in half precision
+    # (triton 3.6.0, H100, widths 40 and 8).
+    block = max(16, triton.next_power_of_2(max(width, width_v)))
     # tf32x3: three tensor-core products, float32 accuracy
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     masks = (scale < 0 and precision != "tf32x3", left >= 0, right >= 0, top_left)
-    return (q.shape[1] // k.shape[1], width, width_v, *blocks, itself, *masks, precision, TILE), itself
+    return (q.shape[1] // k.shape[1], width, width_v, block, block, itself, *masks, precision, TILE), itself
 
 
 def varlen_attention_fwd(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left):
@@ -389,6 +392,7 @@ def varlen_attention_fwd(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, 
     lse = q.new_empty((heads, total_q), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    left, right = min(left, UNREACHED), min(right, UNREACHED)
     constants, _ = _constants(q, k, v, cu_q, cu_k, left, right, top_left, scale)
     config = forward_config(q.dtype, max(q.shape[2], v.shape[2]), max_k, left >= 0 or right >= 0)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
@@ -414,6 +418,7 @@ def varlen_attention_bwd(
     delta = torch.empty_like(lse)
     if dlse is not None and dlse.stride(1) != 1:
         dlse = dlse.contiguous()
+    left, right = min(left, UNREACHED), min(right, UNREACHED)
     constants, itself = _constants(q, k, v, cu_q, cu_k, left, right, top_left, scale)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
     sizes = (batch, total_q, total_k, (batch + 1).bit_length())

@@ -20,7 +20,7 @@ def forward_config(dtype, width, longest_k, masked):
 
 def dq_config(dtype, width, longest_k, masked):
     if dtype == torch.float32:
-        return (32, 32, 4, 1)
+        return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
     if width <= 64:
         return (64, 32, 4, 3)
     if width <= 128:
@@ -30,7 +30,7 @@ def dq_config(dtype, width, longest_k, masked):
 
 def dkv_config(dtype, width, longest_q, masked):
     if dtype == torch.float32:
-        return (32, 32, 4, 1)
+        return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
     if width <= 64:
         return (32, 64, 4, 1)
     if width <= 128:

@@ -39,17 +39,15 @@ def ops():
 
 
 def measure(names, device, quick):
-    """Run the benchmarks of `names` and return their records, which share one date and one pair of floors."""
+    """Run the benchmarks of `names`; yield their records, which share one date and one pair of floors, as they come."""
     harness, timing, records = load("harness"), load("timing"), load("records")
     environment = records.environment(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     floors = timing.measure_floors(device, dtype, quick)
     rates = f"copy {floors['copy'] * 1e-9:.4g} GB/s, matmul {floors['matmul'] * 1e-12:.4g} TFLOP/s"
     print(f"{environment['device']}: {rates}")
-    lines = []
     for name in names:
-        lines += harness.run(load(f"bench_{name}"), device, environment=environment, floors=floors, quick=quick)
-    return lines
+        yield from harness.run(load(f"bench_{name}"), device, environment=environment, floors=floors, quick=quick)
 
 
 def readme(path, check):
@@ -83,10 +81,12 @@ def main(arguments=None):
             parser.error(f"op must be one of {', '.join(ops())}; got {name!r}")
     records = load("records")
     if not (options.plot or options.readme or options.check):
-        lines = measure(names, torch.device(options.device), options.quick)
-        if not options.quick:
-            print("bench: recorded in", ", ".join(str(path.relative_to(records.ROOT)) for path in records.write(lines)))
-        return int(any(line["ours"] and line["status"] != "ok" for line in lines))
+        broken = False
+        for line in measure(names, torch.device(options.device), options.quick):
+            broken |= line["ours"] and line["status"] != "ok"
+            if not options.quick:
+                records.write([line])  # at once, so that an interrupted run keeps what it measured
+        return int(broken)
     if options.plot:
         for name in names:
             for path in load("plots").draw(name, records.read()):
