@@ -263,7 +263,7 @@ def sdpa_loop(x):
 def test_scores_beyond_half_precision(backend, place):
     """q . k overflows float16, so the formula in float16 is no measure: torch's attention, which sums in float32, is,
     and for the LSE the reference."""
-    x = make(Case("", [5, 66, 20], d=64), F16, place)
+    x = make(Case("", [5, 66, 20] * 8, d=64), F16, place)  # largest errors of many rows, not the luck of a few
     x = x._replace(q=x.q * 60, k=x.k * 60, dlse=torch.zeros_like(x.dlse))
     assert torch.einsum("ihd,jhd->hij", x.q, x.k).isinf().any()
     with fa.use_backend("reference"):
