@@ -57,7 +57,7 @@ inline void check_scan_tensor(const char* op, const char* name, const Tensor& x,
   const bool fits = std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
   FA_CHECK(fits, op, rule("shape " + shape_text(shape)), shape_text(sizes));
   const int64_t last = x.dim() - 1;
-  FA_CHECK(!row || x.size(last) <= 1 || x.stride(last) == 1, op, rule("a contiguous last dim"),
+  FA_CHECK(!row || x.numel() == 0 || x.size(last) == 1 || x.stride(last) == 1, op, rule("a contiguous last dim"),
            "stride " + std::to_string(x.stride(last)));
 }
 

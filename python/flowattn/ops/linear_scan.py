@@ -112,7 +112,7 @@ def _prepare(
     if gates.shape[-1] == tokens.shape[-1] and _mergeable(gates) and _mergeable(tokens):
         # A gate an element: heads are only more elements, and one wide row is faster than several narrow ones.
         gates, tokens = (x.flatten(2).unsqueeze(2) for x in (gates, tokens))
-        initial_state = None if initial_state is None else initial_state.reshape(states, 1, -1)
+        initial_state = None if initial_state is None else initial_state.flatten(1).unsqueeze(1)
     return gates, tokens, initial_state, cu_seqlens, reset, log_gate, bool(reverse)
 
 
@@ -128,21 +128,15 @@ def _with_all_dims(gates, tokens, cu_seqlens):
     time, row = shape[:lead], shape[lead:]
     rule = "tokens must have shape (B, T, H, D) or (B, T, D), packed (T, H, D), (1, T, H, D) or (T, D)"
     checks.require(len(row) in (1, 2), _OP, rule, shape)
-    options = {
-        row: (1, 1, *row),
-        row[:-1]: (1, 1, *row[:-1], 1),
-        (*time, *row[:-1]): (*time, *row[:-1], 1),
-        shape: shape,
-    }
-    options.pop((), None)
-    rule = f"gates must have one of the shapes {', '.join(map(str, reversed(options)))}"
-    checks.require(tuple(gates.shape) in options, _OP, rule, tuple(gates.shape))
-    full = options[tuple(gates.shape)]
-    if len(full) == lead + len(row) and lead == 1:
-        full = (1, *full)
-    heads = (1,) * (2 - len(row))
-    gates = gates.reshape(*full[:2], *heads, *full[2:])
-    return gates, tokens.reshape(*(1,) * (2 - lead), *time, *heads, *row), row
+    options = [(shape, shape), (shape[:-1], (*shape[:-1], 1)), (row, (1,) * lead + row)]
+    if len(row) == 2:
+        options.append((row[:-1], (1,) * lead + (row[0], 1)))
+    full = [full for fits, full in options if tuple(gates.shape) == fits]
+    rule = f"gates must have one of the shapes {[fits for fits, _ in options]}"
+    checks.require(full, _OP, rule, tuple(gates.shape))
+    without_batch, heads = (1,) * (2 - lead), (1,) * (2 - len(row))
+    gates = gates.reshape(*without_batch, *full[0][:lead], *heads, *full[0][lead:])
+    return gates, tokens.reshape(*without_batch, *time, *heads, *row), row
 
 
 def _mergeable(x):

@@ -41,7 +41,8 @@ def prefix_attention(
 ):
     """Average the values of every prefix with softmax weights: o_t = sum_{i<=t} exp(s_i - L_t) v_i.
 
-    L_t = log sum_{i<=t} exp(s_i). It equals causal attention in which every query is the same, in O(T) time and with a state of D + 2 numbers a head.
+    L_t = log sum_{i<=t} exp(s_i). It equals causal attention in which every query is the same, in O(T) time and with a
+    state of D + 2 numbers a head.
 
     Shapes: scores (B, T, H), values (B, T, H, D); packed, with cu_seqlens, (T, H) and (T, H, D), or with a leading dim
         of 1, which is returned alike. Returns o in the shape of values.
@@ -62,7 +63,7 @@ def prefix_attention(
     its head NaN from there to the end of its sequence. On the CPU a bad cu_seqlens raises ValueError.
     Gradients: scores, values, u and w of the initial state, through LSE and final state too. Deterministic, on the CPU
     for any number of threads. Host sync: none, except in the reference.
-    Cost: reads scores and values once, writes o once; backward reads values, o and its gradient, and writes the gradients.
+    Cost: reads scores and values once, writes o once; backward reads values, o and its gradient, writes two gradients.
     Sequences beyond 4096 tokens are cut into chunks where there are fewer rows than threads.
     Source: Feng et al., Attention as an RNN (2024), section 3.2: the scan over (m, u, w); here in the equivalent form
     o_t = a_t o_{t-1} + g_t v_t with scalars a_t = exp(L_{t-1} - L_t) and g_t = exp(s_t - L_t).
@@ -275,7 +276,7 @@ def _prepare_query(query, keys, values, scale, cu_seqlens):
     checks.require(keys.dim() == 4, name, "keys must have shape (B, T, H, K)", tuple(keys.shape))
     batch, _, heads, width = keys.shape
     shapes = ((heads, width), (batch, heads, width))
-    rule = f"query must have shape {' or '.join(map(str, shapes))}"
+    rule = f"query must have shape {shapes[0]} or {shapes[1]}"
     checks.require(tuple(query.shape) in shapes, name, rule, tuple(query.shape))
     checks.require(width > 0, name, "the key width must be positive", width)
     checks.last_dim_contiguous(name, ("query", "keys"), (query, keys))

@@ -41,7 +41,7 @@ def linear_scan(gates, tokens, initial, cu_seqlens, reset, log_gate, reverse):
     if cu_seqlens is None:
         if length == 0:
             empty = x.new_zeros((batch, *x.shape[2:])) if initial is None else initial.clone()
-            return tokens.clone(), empty
+            return (a * x).to(tokens.dtype), empty
         out, final = scan(a, x, initial, reset, reverse)
         return out.to(tokens.dtype), final
     outs, finals = [], []
@@ -54,7 +54,9 @@ def linear_scan(gates, tokens, initial, cu_seqlens, reset, log_gate, reverse):
         out, final = scan(a[:, begin:end], x[:, begin:end], start, flags, reverse)
         outs.append(out)
         finals.append(final)
-    rest = length - int(cu_seqlens[-1])  # rows beyond the last sequence: zeros
-    outs.append(x.new_zeros((1, rest, *x.shape[2:])))
+    hidden = torch.ones(
+        (), dtype=torch.bool, device=x.device
+    )  # rows beyond the last sequence: zeros, and so the gradients
+    outs.append((a * x)[:, int(cu_seqlens[-1]) :].masked_fill(hidden, 0.0))
     final = torch.cat(finals) if finals else x.new_zeros((0, *x.shape[2:]))
     return torch.cat(outs, 1).to(tokens.dtype), final

@@ -81,9 +81,11 @@ def prefix_attention(scores, values, mask, reset, cu_seqlens, m0, u0, w0, revers
             outs.append(out)
             lses.append(lse)
         finals.append(state)
-    rest = length - ends[-1]  # rows beyond the last sequence: zeros
-    outs.append(v.new_zeros((batch, rest, heads, width)))
-    lses.append(v.new_full((batch, rest, heads), NEGATIVE_INFINITY))
+    hidden = torch.ones(
+        (), dtype=torch.bool, device=v.device
+    )  # rows beyond the last sequence: zeros, and so the gradients
+    outs.append(v[:, ends[-1] :].masked_fill(hidden, 0.0))
+    lses.append(s[:, ends[-1] :].masked_fill(hidden, NEGATIVE_INFINITY))
     state = tuple(torch.cat(x) for x in zip(*finals)) if finals else start
     return torch.cat(outs, 1).to(values.dtype), torch.cat(lses, 1), *state
 
