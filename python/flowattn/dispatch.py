@@ -54,10 +54,11 @@ class Table:
     """The backends of one op in order of preference.
 
     `prepare` turns the public arguments into the `call` tuple that every `refuse` sees, after checking them.
+    `probe(device)` gives the positional arguments of a tiny legal call, for `python -m flowattn.info`.
     """
 
-    def __init__(self, op, prepare, *backends):
-        self.op, self.prepare, self.backends = op, prepare, backends
+    def __init__(self, op, prepare, *backends, probe=None):
+        self.op, self.prepare, self.backends, self.probe = op, prepare, backends, probe
         _tables[op] = self
 
     def choose(self, *call):

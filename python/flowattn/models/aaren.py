@@ -64,7 +64,7 @@ class AarenLayer(nn.Module):
 class Aaren(nn.Module):
     """A stack of Aaren layers over embedded tokens (B, T, d_model); causal, with a state of fixed size.
 
-    A layer holds 4 (d_model^2 + d_model) + 2 d_model d_ff + d_ff + 5 d_model parameters and d_model for its query token.
+    A layer holds 4 (d_model^2 + d_model) + 2 d_model d_ff + d_ff + 5 d_model parameters and its query token, d_model.
     The state of a sequence is num_layers * (d_model + 2 num_heads) float32 numbers, however long it is.
     Source: Feng et al., Attention as an RNN (2024), sections 3.3 and 4. The paper leaves open what the residual branch
     adds; the default is the layer's input, see AarenLayer.

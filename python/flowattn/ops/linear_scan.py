@@ -157,6 +157,7 @@ _TABLE = dispatch.Table(
     _prepare,
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("reference", dispatch.never, None),
+    probe=_probe,
 )
 
 

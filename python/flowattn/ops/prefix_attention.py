@@ -307,12 +307,14 @@ _TABLE = dispatch.Table(
     _prepare,
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("reference", dispatch.never, None),
+    probe=_probe,
 )
 _AAREN_TABLE = dispatch.Table(
     "aaren_attention",
     _prepare_aaren,
     dispatch.Backend("cpu", _refuse_cpu, op("aaren_scores_fwd"), op("aaren_scores_bwd")),
     dispatch.Backend("reference", dispatch.never, None),
+    probe=_probe_aaren,
 )
 
 
