@@ -2,18 +2,32 @@
 
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
+from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
+from flowattn.ops.prefix_attention import (
+    PrefixState,
+    aaren_attention,
+    prefix_attention,
+    prefix_attention_step,
+    prefix_state_merge,
+)
 from flowattn.ops.varlen_attention import varlen_attention
 
 __version__ = "0.1.0"
 __all__ = [
     "FallbackWarning",
     "PackPlan",
+    "PrefixState",
     "TokenBudgetBatchSampler",
+    "aaren_attention",
     "explain",
+    "linear_scan",
     "pack",
     "pack_plan",
     "pack_sequences",
+    "prefix_attention",
+    "prefix_attention_step",
+    "prefix_state_merge",
     "unpack",
     "use_backend",
     "varlen_attention",

@@ -12,8 +12,20 @@ import torch
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
+    "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
+    "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
+    "linear_scan_fwd": "(Tensor gates, Tensor tokens, Tensor? initial, Tensor? cu_seqlens, Tensor? reset,"
+    " bool log_gate, bool reverse) -> (Tensor out, Tensor final)",
+    "linear_scan_bwd": "(Tensor dout, Tensor? dfinal, Tensor gates, Tensor out, Tensor? initial, Tensor? cu_seqlens,"
+    " Tensor? reset, bool log_gate, bool reverse) -> (Tensor dgates, Tensor dtokens, Tensor dinitial)",
     "pack_plan": "(Tensor source, int kind, SymInt padded_len, SymInt capacity)"
     " -> (Tensor cu_seqlens, Tensor indices, Tensor inverse, Tensor position_ids, Tensor tiles, Tensor stats)",
+    "prefix_attention_fwd": "(Tensor scores, Tensor values, Tensor? mask, Tensor? reset, Tensor? cu_seqlens,"
+    " Tensor? m0, Tensor? u0, Tensor? w0, bool reverse, bool keep_sums)"
+    " -> (Tensor out, Tensor m, Tensor u, Tensor m_final, Tensor u_final, Tensor w_final)",
+    "prefix_attention_bwd": "(Tensor dout, Tensor? dlse, Tensor? du_final, Tensor? dw_final, Tensor scores,"
+    " Tensor values, Tensor? mask, Tensor? reset, Tensor? cu_seqlens, Tensor? m0, Tensor out, Tensor m, Tensor u,"
+    " Tensor u_final, bool reverse) -> (Tensor dscores, Tensor dvalues, Tensor du0, Tensor dw0)",
     "varlen_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles,"
     " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt window_left, SymInt window_right, bool top_left)"
     " -> (Tensor out, Tensor lse)",

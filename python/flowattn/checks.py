@@ -65,3 +65,33 @@ def autocast(*tensors):
 
 def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def state_dtype(tensor):
+    """The dtype of states and running sums over this tensor."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def scan_sequences(op, tokens, cu, reset):
+    """Check what cuts tokens (B, T, ...) into sequences: (cu_seqlens int32 or None, reset (B, T) or None, states)."""
+    batch, length = tokens.shape[:2]
+    if cu is not None:
+        require(batch == 1, op, "packed tensors must have a leading dim of 1 or none", batch)
+        cu = cu_seqlens(op, "cu_seqlens", cu, length, tokens.device)
+    if reset is not None:
+        require(reset.dtype == torch.bool, op, "reset must be bool", reset.dtype, error=TypeError)
+        require(reset.device == tokens.device, op, f"reset must be on the device {tokens.device}", reset.device)
+        if cu is not None and reset.dim() == 1:
+            reset = reset.unsqueeze(0)
+        require(reset.shape == (batch, length), op, f"reset must have shape {(batch, length)}", tuple(reset.shape))
+    return cu, reset, batch if cu is None else cu.shape[0] - 1
+
+
+def scan_state(op, name, state, shape, tokens):
+    """Check a state tensor; return it with a contiguous last dim."""
+    dtype = state_dtype(tokens)
+    require(isinstance(state, torch.Tensor), op, f"{name} must be a tensor", type(state).__name__, error=TypeError)
+    require(state.dtype == dtype, op, f"{name} must be {dtype}", state.dtype, "states are kept wide", error=TypeError)
+    require(state.device == tokens.device, op, f"{name} must be on the device {tokens.device}", state.device)
+    require(state.shape == shape, op, f"{name} must have shape {tuple(shape)}", tuple(state.shape))
+    return state if state.shape[-1] <= 1 or state.stride(-1) == 1 else state.contiguous()

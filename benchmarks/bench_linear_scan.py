@@ -1,0 +1,91 @@
+"""linear_scan against a loop over time and a library scan. float32; gates for each element, or one a head."""
+
+import flowattn as fa
+import torch
+
+from benchmarks.harness import Bound, Case, Unsupported
+
+OP = "linear_scan"
+GPU_SHAPES = (
+    ((8, 8192, 1, 1536), True),
+    ((8, 4096, 8, 64), True),
+    ((8, 4096, 8, 64), False),
+    ((1, 65536, 8, 64), False),
+)
+CPU_SHAPES = (((8, 4096, 8, 64), True), ((8, 4096, 8, 64), False), ((1, 4096, 8, 64), True), ((1, 4096, 1, 64), True))
+QUICK_SHAPES = (((2, 33, 2, 8), True), ((2, 33, 2, 8), False))  # (B, T, H, D), gates for each element
+
+
+def cases(device, quick):
+    shapes = QUICK_SHAPES if quick else GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    for shape, full in shapes:
+        yield make_case(shape, full, device)
+
+
+def make_case(shape, full, device):
+    generator = torch.Generator().manual_seed(0)
+    gates = torch.rand(shape if full else shape[:3], generator=generator).to(device)
+    tokens, grad_output = torch.randn(2, *shape, generator=generator).to(device)
+    wide, narrow = 4 * tokens.numel(), 4 * gates.numel()
+    return Case(
+        name="B{} T{} H{} D{}".format(*shape) + ("" if full else " gate a head"),
+        inputs=(gates, tokens),
+        grad_output=grad_output,
+        truth=both_directions(gates, tokens, grad_output, torch.float64),
+        plain=both_directions(gates, tokens, grad_output, torch.float32),
+        bytes={"fwd": 2 * wide + narrow, "bwd": 3 * wide + 2 * narrow},  # b, h; h, dh, db; a, da
+        flops={"fwd": 2 * tokens.numel(), "bwd": 4 * tokens.numel()},
+        context=None,
+        atol=1e-6,
+    )
+
+
+def loop(gates, tokens):
+    gates = gates if gates.dim() == tokens.dim() else gates.unsqueeze(-1)
+    h, outputs = torch.zeros_like(tokens[:, 0]), []
+    for a, b in zip(gates.unbind(1), tokens.unbind(1)):
+        h = a * h + b
+        outputs.append(h)
+    return torch.stack(outputs, 1)
+
+
+def both_directions(gates, tokens, grad_output, dtype):
+    inputs = [x.to(dtype).requires_grad_() for x in (gates, tokens)]
+    output = loop(*inputs)
+    gradients = torch.autograd.grad(output, inputs, grad_output.to(dtype))
+    return {"fwd": (output.detach(),), "bwd": gradients}
+
+
+def flowattn_call(case):
+    return Bound(fa.linear_scan)
+
+
+def python_loop(case):
+    return Bound(loop)
+
+
+def associative_scan(case):
+    from torch._higher_order_ops.associative_scan import associative_scan as scan
+
+    if case.inputs[0].device.type != "cuda":
+        raise Unsupported("its fast form is a GPU kernel")
+    torch._dynamo.reset()  # each case gets its own kernel for its own shape, outside the recompile limit
+
+    def combine(a, b):
+        return a[0] * b[0], b[0] * a[1] + b[1]
+
+    @torch.compile(dynamic=False)
+    def call(gates, tokens):
+        gates = gates if gates.dim() == tokens.dim() else gates.unsqueeze(-1).expand(tokens.shape).contiguous()
+        return scan(combine, (gates, tokens), 1, combine_mode="pointwise")[1]
+
+    return Bound(call)
+
+
+PROVIDERS = (
+    ("flowattn", flowattn_call),
+    ("Python loop", python_loop),
+    ("torch associative_scan", associative_scan),
+)
+MINE = ("flowattn",)
+NOTE = "The loop launches two kernels a time step; with many rows its steps are limited by memory like the scan."
