@@ -1,8 +1,8 @@
 """linear_scan against a loop over time and a library scan. float32; gates for each element, or one a head."""
 
-import flowattn as fa
 import torch
 
+import flowattn as fa
 from benchmarks.harness import Bound, Case, Unsupported
 
 OP = "linear_scan"

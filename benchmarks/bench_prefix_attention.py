@@ -3,10 +3,10 @@
 Scores are float32 and given; values bfloat16 on a GPU, float32 on a CPU.
 """
 
-import flowattn as fa
 import torch
 import torch.nn.functional as F
 
+import flowattn as fa
 from benchmarks.harness import Bound, Case, Unsupported
 
 OP = "prefix_attention"

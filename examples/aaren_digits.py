@@ -16,9 +16,10 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
-from flowattn.models.aaren import Aaren
 from sklearn.datasets import load_digits
 from torch import nn
+
+from flowattn.models.aaren import Aaren
 
 WIDTH, HEADS, LAYERS, HIDDEN = 64, 4, 2, 128
 STREAM_LENGTHS = (64, 256, 1024, 4096, 16384)

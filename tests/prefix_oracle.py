@@ -1,7 +1,8 @@
 """What the tests of prefix_attention share: the definition in float64, and the tolerances against it."""
 
-import flowattn as fa
 import torch
+
+import flowattn as fa
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -2,9 +2,10 @@
 
 import doctest
 
-import flowattn as fa
 import pytest
 import torch
+
+import flowattn as fa
 from flowattn.ops import linear_scan as module
 
 BACKENDS = ("cpu", "reference")

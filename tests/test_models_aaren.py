@@ -4,9 +4,10 @@ import doctest
 
 import pytest
 import torch
+from torch import nn
+
 from flowattn.models import aaren
 from flowattn.models.aaren import Aaren
-from torch import nn
 
 VARIANTS = [(norm, residual) for norm in ("post", "pre") for residual in ("input", "query")]
 

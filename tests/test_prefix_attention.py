@@ -1,9 +1,10 @@
 """prefix_attention against softmax over every prefix in float64: masks, segments, rows, extreme numbers."""
 
-import flowattn as fa
 import pytest
 import torch
 from prefix_oracle import DTYPES, assert_near, check_against_oracle, gradients, inputs, random_state, wide
+
+import flowattn as fa
 
 BACKENDS = ("cpu", "reference")
 on_backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)

@@ -2,12 +2,13 @@
 
 import doctest
 
-import flowattn as fa
 import pytest
 import torch
 import torch.nn.functional as F
-from flowattn.ops import prefix_attention as module
 from prefix_oracle import DTYPES, TOLERANCE, assert_near, inputs, oracle, random_state
+
+import flowattn as fa
+from flowattn.ops import prefix_attention as module
 
 BACKENDS = ("cpu", "reference")
 on_backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
