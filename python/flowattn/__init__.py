@@ -1,4 +1,4 @@
-"""Padding-free, linear, flow, axial and prefix-scan attention and causal-flow inverses as PyTorch ops."""
+"""Padding-free attention, prefix-scan attention and linear scans as PyTorch ops."""
 
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
