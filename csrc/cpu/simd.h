@@ -69,13 +69,8 @@ using U32 = Vec<uint32_t>;
 
 inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
-  float value;
-  if (magnitude < 0x0400) {
-    value = float(magnitude) * 0x1p-24f;  // subnormal
-  } else {
-    uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
-    __builtin_memcpy(&value, &bits, 4);
-  }
+  uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
+  float value = magnitude < 0x0400 ? float(magnitude) * 0x1p-24f : __builtin_bit_cast(float, bits);
   return sign ? -value : value;
 }
 

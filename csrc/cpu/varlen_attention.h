@@ -3,15 +3,13 @@
 
 #include <cstdint>
 
-#include "cpu/isa.h"
+#include "cpu/storage.h"
 
 namespace flowattn {
 
 // Query rows and keys of one tile of scores: both score tiles of the backward and the packed keys stay in L2.
 constexpr int64_t kQueryTile = 128;
 constexpr int64_t kKeyTile = 64;
-
-enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
 // (T, heads, width) with a contiguous last dim; strides in elements.
 struct PackedRows {
