@@ -55,3 +55,9 @@ def backend(request):
         pytest.skip("needs an NVIDIA GPU and CUDA kernels")
     with fa.use_backend(name):
         yield name
+
+
+@pytest.fixture
+def place(backend, device):
+    """The device on which the forced backend runs."""
+    return {"cpu": "cpu", "cuda": "cuda"}.get(backend, device)

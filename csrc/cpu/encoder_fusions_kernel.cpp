@@ -113,7 +113,7 @@ void norm_fwd(const BiasResidualLayerNorm& op, int64_t begin, int64_t end, T* z)
 }
 
 template <typename S, typename T = Compute<S>>
-void norm_bwd_row(const BiasResidualLayerNorm& op, int64_t row, T* sums, T* normal, T* grad) {
+void norm_bwd_row(const BiasResidualLayerNorm& op, int64_t row, T* sums, T* normal, T* weighted) {
   const int64_t from = op.index ? op.index[row] : row;
   S* dx = row_of<S>(op.dx, row);
   if (op.index && (from < 0 || from >= op.indexed_rows)) return clear(dx, op.width);
@@ -125,19 +125,21 @@ void norm_bwd_row(const BiasResidualLayerNorm& op, int64_t row, T* sums, T* norm
   Sum<T> of_g, of_gn;
   each_vector<T>(op.width, [&](int64_t c, int slot, auto part) {
     const Vec<T> n = (sum_of_row(x, bias, residual, c, part) - mean) * scale, d = load(dy + c, part);
-    store(normal + c, n, part);
-    store(grad + c, d, part);
     const Vec<T> g = d * load(weight + c, part);  // 0 outside the row, where n is not
+    store(normal + c, n, part);
+    // Stored, and so rounded: an unrounded g does not cancel against mean_g in a row of width 1.
+    store(weighted + c, g, part);
     of_g.slots[slot] += g;
     of_gn.slots[slot] += g * n;
   });
   const T mean_g = of_g.total() / op.width, mean_gn = of_gn.total() / op.width;
   each_vector<T>(op.width, [&](int64_t c, int, auto part) {
-    const Vec<T> n = load(normal + c, part), d = load(grad + c, part);
-    Vec<T> out = scale * (d * load(weight + c, part) - mean_g - n * mean_gn);
+    const Vec<T> n = load(normal + c, part);
+    Vec<T> out = scale * (load(weighted + c, part) - mean_g - n * mean_gn);
     if (dz) out += load(dz + c, part);
     store(dx + c, out, part);
     if (sums) {
+      const Vec<T> d = load(dy + c, part);
       T *dbias = sums + c, *dweight = dbias + op.width, *dln_bias = dweight + op.width;
       store(dbias, load(dbias, part) + out, part);
       store(dweight, load(dweight, part) + d * n, part);

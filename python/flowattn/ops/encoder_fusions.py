@@ -1,4 +1,4 @@
-"""Fused token-wise ops of an encoder layer: bias + GELU, and bias + residual + LayerNorm with packing on either side."""
+"""Fused token-wise ops of an encoder layer: bias + GELU; bias + residual + LayerNorm, with packing on either side."""
 
 import torch
 
@@ -97,7 +97,7 @@ class _BiasResidualLayerNorm(torch.autograd.Function):
     def forward(ctx, backend, inverse, x, bias, residual, weight, ln_bias, index, eps, want_sum):
         y, z, stats = backend.fwd(x, bias, residual, weight, ln_bias, index, eps, want_sum)
         ctx.save_for_backward(x, bias, residual, weight, ln_bias, stats, inverse)
-        ctx.bwd, ctx.rows = backend.bwd, y.shape
+        ctx.bwd, ctx.rows, ctx.want_sum = backend.bwd, y.shape, want_sum
         ctx.set_materialize_grads(False)
         if not want_sum:
             ctx.mark_non_differentiable(z)
@@ -107,7 +107,7 @@ class _BiasResidualLayerNorm(torch.autograd.Function):
     def backward(ctx, dy, dz):
         x, *_ = saved = ctx.saved_tensors
         dy = x.new_zeros(ctx.rows) if dy is None else _dense(dy)
-        dz = None if dz is None else _dense(dz)
+        dz = _dense(dz) if ctx.want_sum and dz is not None else None  # a compiled graph fills in empty zeros
         _, _, need_x, need_bias, need_residual, need_weight, need_ln_bias, *_ = ctx.needs_input_grad
         want_params = need_bias or need_weight or need_ln_bias
         dx, dbias, dweight, dln_bias = ctx.bwd(dy, dz, *saved, want_params)
@@ -162,9 +162,7 @@ def _parameter(name, argument, parameter, x):
 
 def _prepare_gelu(x, bias, *, approximate="none"):
     rows = _rows(_GELU_OP, "x", x)
-    checks.require(
-        approximate in ("none", "tanh"), _GELU_OP, "approximate must be 'none' or 'tanh'", repr(approximate)
-    )
+    checks.require(approximate in ("none", "tanh"), _GELU_OP, "approximate must be 'none' or 'tanh'", repr(approximate))
     (rows,) = checks.autocast(rows)
     return rows, _parameter(_GELU_OP, "bias", bias, rows), approximate == "tanh"
 
@@ -175,7 +173,7 @@ def _prepare_norm(x, bias, residual, weight, ln_bias, *, eps=1e-12, return_sum=F
 
 
 def _prepare_norm_all(x, bias, residual, weight, ln_bias, eps, return_sum, pack_from, unpack_to):
-    """Check everything; the positional arguments of the private op, the inverse of its index, and the result's shape."""
+    """Check everything; the arguments of the private op, the inverse of its index, and the shape of the result."""
     name, tensors = _NORM_OP, [_rows(_NORM_OP, "x", x)]
     if residual is not None:
         tensors.append(_rows(name, "residual", residual))

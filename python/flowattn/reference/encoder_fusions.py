@@ -28,10 +28,13 @@ def bias_residual_layer_norm(x, bias, residual, weight, ln_bias, index, eps, wan
     z = _add(_add(x.to(dtype), _wide(bias, dtype)), _wide(residual, dtype))
     unused = None
     if index is not None:
-        unused = ((index < 0) | (index >= z.shape[0]))[:, None]
-        z = z[index.clamp(0, z.shape[0] - 1)] if z.shape[0] else z.new_zeros(index.shape[0], z.shape[1])
-        z = z.masked_fill(unused, 0)
-    y = F.layer_norm(z, z.shape[1:], _wide(weight, dtype), _wide(ln_bias, dtype), eps)
+        rows = z.shape[0]
+        unused = ((index < 0) | (index >= rows))[:, None]
+        z = torch.cat([z, z.new_zeros(1, z.shape[1])])[torch.where(unused[:, 0], rows, index)]
+    centred = z - z.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)  # the rounding of the mean: 1 / sqrt(eps) can make it large
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = _add(y if weight is None else y * weight.to(dtype), _wide(ln_bias, dtype))
     if unused is not None:
         y = y.masked_fill(unused, 0)
     return y.to(x.dtype), z.to(x.dtype) if want_sum else None

@@ -1,0 +1,603 @@
+"""bias_gelu and bias_residual_layer_norm against plain torch in float64, over all backends."""
+
+import math
+import os
+import subprocess
+import sys
+
+import flowattn as fa
+import pytest
+import torch
+import torch.nn.functional as F
+from flowattn.ops import encoder_fusions as ops
+
+backends = pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"], indirect=True)
+kernels = pytest.mark.parametrize("backend", ["cpu", "cuda"], indirect=True)
+forms = pytest.mark.parametrize("approximate", ["none", "tanh"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+widths = pytest.mark.parametrize("width", [1, 2, 7, 64, 100, 384, 768, 1024, 4096, 5000], ids="d{}".format)
+NAMES = ("x", "bias", "residual", "weight", "ln_bias")
+
+# Largest error, as a multiple of plain torch's in the same dtype. On top come one rounding of the largest result and,
+# for sums over rows, the float32 roundings that such a sum has where plain torch's may cancel by luck.
+FORWARD, GRADIENT = 2, 3
+
+
+def no_worse(name, got, exact, plain, factor, terms=0):
+    if exact.numel():
+        error, rival = ((t.double() - exact).abs().max().item() for t in (got, plain))
+        rival = rival if math.isfinite(rival) else 0.0  # plain float16 gives NaN where the variance is 0
+        rounding = torch.finfo(got.dtype).eps + math.sqrt(terms) * torch.finfo(torch.float32).eps
+        limit = factor * rival + rounding * exact.abs().max().item()
+        assert error <= limit, f"{name}: off by {error:.3g}; allowed {limit:.3g} (plain torch {rival:.3g})"
+
+
+def leaves(tensors, dtype=None):
+    """Copies that want a gradient, with the strides of the originals; None stays None."""
+    return [
+        None if t is None else (t.to(dtype) if dtype and t.dtype != dtype else t.detach()).detach().requires_grad_()
+        for t in tensors
+    ]
+
+
+def results(function, tensors, grads):
+    """The outputs, and the gradients of all tensors under these output gradients."""
+    outputs = function(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    given = [t for t in tensors if t is not None]
+    found = torch.autograd.grad(outputs, given, [g.to(y.dtype) for g, y in zip(grads, outputs)])
+    return [y.detach() for y in outputs], list(found)
+
+
+def compare(ours, plain, tensors, grads, names=NAMES):
+    """Outputs and gradients of `ours` against `plain` in float64, next to `plain` in the tensors' own dtypes."""
+    got = results(ours, leaves(tensors), grads)
+    exact = results(plain, leaves(tensors, torch.float64), grads)
+    rival = results(plain, leaves(tensors), grads)
+    names = [name for name, t in zip(names, tensors) if t is not None]
+    for what, *triple in zip(("y", "z"), got[0], exact[0], rival[0]):
+        no_worse(what, *triple, FORWARD)
+    for what, *triple in zip(names, got[1], exact[1], rival[1]):
+        terms = 0 if what in ("x", "residual") else tensors[0].numel() // max(tensors[0].shape[-1], 1)
+        no_worse(f"gradient of {what}", *triple, GRADIENT, terms)
+    for name, gradient, t in zip(names, got[1], [t for t in tensors if t is not None]):
+        assert (gradient.dtype, gradient.shape) == (t.dtype, t.shape), name
+    return got
+
+
+def plain_gelu(approximate):
+    return lambda x, bias: F.gelu(x if bias is None else x + bias, approximate=approximate)
+
+
+def plain_norm(eps=1e-12):
+    def function(x, bias, residual, weight, ln_bias):
+        z = x if bias is None else x + bias
+        z = z if residual is None else z + residual
+        return F.layer_norm(z, z.shape[-1:], weight, ln_bias, eps), z
+
+    return function
+
+
+def our_norm(eps=1e-12, **options):
+    return lambda *tensors: fa.bias_residual_layer_norm(*tensors, eps=eps, return_sum=True, **options)
+
+
+def gelu_inputs(rows, width, dtype, place, vectors=None):
+    return [torch.randn(rows, width, device=place).to(dtype), torch.randn(width, device=place).to(vectors or dtype)]
+
+
+def norm_inputs(rows, width, dtype, place, vectors=None):
+    x, residual = (torch.randn(rows, width, device=place).to(dtype) for _ in range(2))
+    bias, weight, ln_bias = (torch.randn(width, device=place).to(vectors or dtype) for _ in range(3))
+    return [x, bias, residual, weight, ln_bias]
+
+
+def random_grads(x, count):
+    return [torch.randn(x.shape, device=x.device).to(x.dtype) for _ in range(count)]
+
+
+@backends
+@forms
+@dtypes
+@widths
+def test_gelu(width, dtype, approximate, place):
+    tensors = gelu_inputs(37, width, dtype, place)
+    ours = lambda x, bias: fa.bias_gelu(x, bias, approximate=approximate)  # noqa: E731
+    compare(ours, plain_gelu(approximate), tensors, random_grads(tensors[0], 1))
+
+
+@backends
+@dtypes
+@widths
+def test_norm(width, dtype, place):
+    tensors = norm_inputs(37, width, dtype, place)
+    compare(our_norm(), plain_norm(), tensors, random_grads(tensors[0], 2))
+
+
+@backends
+@pytest.mark.parametrize("rows", [0, 1, 1500], ids="T{}".format)
+def test_row_counts(rows, place):
+    for width in (24, 6000, 17000):
+        rows = min(rows, 40) if width > 24 else rows
+        tensors = norm_inputs(rows, width, torch.float32, place)
+        compare(our_norm(), plain_norm(), tensors, random_grads(tensors[0], 2))
+        compare(fa.bias_gelu, plain_gelu("none"), tensors[:2], random_grads(tensors[0], 1))
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_vectors_beside_half_rows(dtype, place):
+    tensors = norm_inputs(19, 72, dtype, place, torch.float32)
+    compare(our_norm(), plain_norm(), tensors, random_grads(tensors[0], 2))
+    compare(fa.bias_gelu, plain_gelu("none"), tensors[:2], random_grads(tensors[0], 1))
+
+
+@backends
+@pytest.mark.parametrize("absent", [(1,), (2,), (1, 2), (3,), (4,), (1, 2, 3, 4)], ids=str)
+def test_optional_inputs(absent, place):
+    tensors = norm_inputs(9, 40, torch.float32, place)
+    tensors = [None if i in absent else t for i, t in enumerate(tensors)]
+    compare(our_norm(), plain_norm(), tensors, random_grads(tensors[0], 2))
+
+
+@backends
+@forms
+def test_gelu_without_bias(approximate, place):
+    x = torch.randn(5, 33, device=place)
+    ours = lambda x, bias: fa.bias_gelu(x, bias, approximate=approximate)  # noqa: E731
+    compare(ours, plain_gelu(approximate), [x, None], random_grads(x, 1))
+
+
+VIEWS = {
+    "row-stride": lambda x: x[::2, :96],
+    "cut-columns": lambda x: x[:, 8:104],
+    "odd-offset": lambda x: x.flatten()[1 : 1 + 40 * 96].view(40, 96),
+    "odd-stride": lambda x: x.flatten()[: 40 * 97].view(40, 97)[:, :96],
+    "one-row": lambda x: x[3:4, :96],
+    "expanded": lambda x: x[:1, :96].expand(11, -1),
+    "three-dims": lambda x: x.view(10, 4, 112)[:, ::2, :96][:, :1],
+    "time-first": lambda x: x.view(4, 10, 112)[..., :96],
+    "vector": lambda x: x[2, :96],
+}
+
+
+@backends
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_views(view, dtype, place):
+    x, residual = (view(torch.randn(40, 112, device=place).to(dtype)) for _ in range(2))
+    vectors = [torch.randn(97, device=place).to(dtype)[1:] for _ in range(3)]  # unaligned
+    compare(our_norm(), plain_norm(), [x, vectors[0], residual, *vectors[1:]], random_grads(x, 2))
+    compare(fa.bias_gelu, plain_gelu("none"), [x, vectors[0]], random_grads(x, 1))
+    with fa.use_backend(None):
+        assert fa.bias_gelu(x, None).is_contiguous()
+
+
+@backends
+def test_gradients_of_any_layout(place):
+    """The incoming gradient is expanded, transposed, or absent for one of the outputs."""
+    tensors = leaves(norm_inputs(6, 24, torch.float64 if place == "cpu" else torch.float32, place))
+    plain = plain_norm()
+    for pick in (
+        lambda y, z: y.sum(),
+        lambda y, z: (y.t().contiguous() * torch.arange(6.0, device=place)).sum(),
+        lambda y, z: z.square().sum(),
+        lambda y, z: y.square().sum() + z.sum(),
+    ):
+        got = torch.autograd.grad(pick(*our_norm()(*tensors)), tensors, allow_unused=True, materialize_grads=True)
+        want = torch.autograd.grad(pick(*plain(*tensors)), tensors, allow_unused=True, materialize_grads=True)
+        for name, *pair in zip(NAMES, got, want):
+            torch.testing.assert_close(*pair, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    x = leaves([torch.randn(4, 6, device=place)])[0]
+    fa.bias_gelu(x, None).sum().backward()
+    torch.testing.assert_close(x.grad, torch.autograd.functional.jvp(F.gelu, x.detach(), torch.ones_like(x))[1])
+
+
+@backends
+@pytest.mark.parametrize("eps", [1e-12, 1e-7, 1e-2], ids=str)
+def test_constant_rows_and_eps(eps, place):
+    """A constant row has variance 0 exactly, whatever its value: 1 / sqrt(eps) would blow up the slightest error."""
+    values = torch.tensor([0.1, 1e5 / 3, -7e-8, 3.3e30], device=place)
+    for width in (3, 100, 5000):
+        x, residual = values[:, None].repeat(1, width), torch.zeros(4, width, device=place)
+        ln_bias = torch.randn(width, device=place)
+        y = fa.bias_residual_layer_norm(x, None, residual, torch.ones_like(ln_bias), ln_bias, eps=eps)
+        assert torch.equal(y, ln_bias.expand(4, width))
+        tensors = norm_inputs(5, width, torch.float32, place)
+        compare(our_norm(eps), plain_norm(eps), tensors, random_grads(tensors[0], 2))
+
+
+@backends
+@pytest.mark.parametrize("dtype, scale", [(torch.float16, 6e4), (torch.bfloat16, 1e16), (torch.float32, 1e16)], ids=str)
+def test_huge_values(dtype, scale, place):
+    """x + residual overflows float16, and u^3 float32, where the sum in float32, and the GELU, do not."""
+    x = torch.randn(8, 200, device=place).clamp(-1, 1).mul(scale).to(dtype)
+    weight = torch.randn(200, device=place)
+    y = fa.bias_residual_layer_norm(x, None, x, weight, None)
+    z = 2 * x.double()
+    exact = (z - z.mean(1, True)) / z.var(1, unbiased=False, keepdim=True).sqrt() * weight
+    torch.testing.assert_close(y.double(), exact, atol=2 * torch.finfo(dtype).eps * exact.abs().max().item(), rtol=0)
+    for approximate in ("none", "tanh"):
+        u = leaves([x])[0]
+        y = fa.bias_gelu(u, None, approximate=approximate)
+        (slope,) = torch.autograd.grad(y.sum(), u)
+        big = x.abs() > 20
+        assert torch.equal(y[big], x[big].clamp_min(0))
+        assert torch.equal(slope[big], (x[big] > 0).to(dtype))
+
+
+@kernels
+@forms
+def test_gelu_on_the_whole_axis(approximate, place):
+    u = torch.cat([torch.linspace(-14, 14, 200_001), torch.linspace(-1e-3, 1e-3, 1001)]).to(place)[None]
+    u = leaves([u])[0]
+    y = fa.bias_gelu(u, None, approximate=approximate)
+    (slope,) = torch.autograd.grad(y.sum(), u)
+    v = leaves([u], torch.float64)[0]
+    exact = F.gelu(v, approximate=approximate)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), v)
+    assert ((y - exact).abs() / exact.abs().clamp_min(1)).max() < 2.5e-7
+    assert (slope - exact_slope).abs().max() < 4e-7
+
+
+@kernels
+@forms
+def test_gelu_does_not_cancel_in_the_tail(approximate, place):
+    """1 + erf(u / sqrt 2) and 1 + tanh(w) in float32 are off by half of the result at -5."""
+    u = torch.linspace(-5, -1, 4001, device=place)[None]
+    exact = F.gelu(u.double(), approximate=approximate)
+    assert ((fa.bias_gelu(u, None, approximate=approximate) - exact).abs() / exact.abs()).max() < 2e-3
+
+
+@backends
+def test_nan_stays_in_its_row(place):
+    tensors = norm_inputs(6, 50, torch.float32, place)
+    grads = random_grads(tensors[0], 2)
+    clean = results(our_norm(), leaves(tensors), grads)
+    clean_gelu = results(fa.bias_gelu, leaves(tensors[:2]), grads[:1])
+    tensors[0] = tensors[0].clone()
+    tensors[0][2, 7], tensors[0][4, 49] = float("nan"), float("inf")
+    sound = [0, 1, 3, 5]
+    (y, z), (dx, *_) = results(our_norm(), leaves(tensors), grads)
+    for name, got, want in (("y", y, clean[0][0]), ("z", z, clean[0][1]), ("dx", dx, clean[1][0])):
+        assert torch.equal(got[sound], want[sound]), name
+    assert y[[2, 4]].isnan().all() and dx[[2, 4]].isnan().all()
+    (y,), (dx, _) = results(fa.bias_gelu, leaves(tensors[:2]), grads[:1])
+    assert torch.equal(y[sound], clean_gelu[0][0][sound]) and torch.equal(dx[sound], clean_gelu[1][0][sound])
+    assert y[2].isnan().sum() == 1 and y[2, 7].isnan() and dx[2, 7].isnan()
+
+
+MASKS = {
+    "right": [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]],
+    "holes": [[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 0, 1, 0, 1]],
+    "all": [[1, 1], [1, 1]],
+    "none": [[0, 0, 0], [0, 0, 0]],
+}
+
+
+def make_plan(mask, spare, place):
+    mask = torch.tensor(MASKS[mask], device=place)
+    with fa.use_backend("reference"):
+        return fa.pack_plan(mask, capacity=None if spare is None else int(mask.sum()) + spare)
+
+
+@backends
+@pytest.mark.parametrize("width", [7, 96, 1500, 9000], ids="d{}".format)
+@pytest.mark.parametrize("spare", [None, 0, 3], ids="spare{}".format)
+@pytest.mark.parametrize("mask", MASKS)
+def test_plans(mask, spare, width, place):
+    """Unused rows are 0 and add nothing to a gradient, and hold whatever they like; the rest is pack, norm, unpack."""
+    plan = make_plan(mask, spare, place)
+    rows, real = plan.indices.shape[0], int(plan.total)
+    padded = (plan.batch, plan.padded_len, width)
+    keep = (plan.inverse >= 0).view(plan.batch, plan.padded_len)
+    vectors = norm_inputs(0, width, torch.float32, place)
+
+    def case(shape, unused):
+        x, residual = torch.randn(shape, device=place), torch.randn(shape, device=place)
+        x[unused], residual[unused] = float("nan"), float("inf")
+        return [x, vectors[1], residual, *vectors[3:]]
+
+    def unpacked(*tensors):
+        y, z = our_norm()(*tensors)
+        out = [y.new_zeros(padded), y.new_zeros(padded)]
+        return tuple(o.masked_scatter(keep[..., None], part) for o, part in zip(out, (y, z)))
+
+    tensors = case((rows, width), slice(real, None))
+    grads = [torch.randn(padded, device=place) for _ in range(2)]
+    outputs, found = results(our_norm(unpack_to=plan), leaves(tensors), grads)
+    cut = [t[:real] if t.dim() == 2 else t for t in tensors]
+    same(unpacked, outputs, found, cut, grads, slice(real))
+
+    tensors = case(padded, ~keep)
+    grads = [torch.randn(rows, width, device=place) for _ in range(2)]
+    outputs, found = results(our_norm(pack_from=plan), leaves(tensors), grads)
+    assert all((part[real:] == 0).all() for part in outputs)
+    cut = [t[keep] if t.dim() == 3 else t for t in tensors]
+    same(our_norm(), [part[:real] for part in outputs], found, cut, [g[:real] for g in grads], keep)
+
+
+def same(function, outputs, found, tensors, grads, used):
+    """The outputs and row gradients have the bits of `function`; vector gradients add rows in another order."""
+    want_outputs, want = results(function, leaves(tensors), grads)
+    for got, expected in zip(outputs, want_outputs):
+        assert torch.equal(got, expected)
+    for name, got, expected in zip(NAMES, found, want):
+        if name in ("x", "residual"):
+            unused = torch.ones_like(got, dtype=torch.bool)
+            unused[used] = False
+            assert (got[unused] == 0).all(), name
+            got = got[used]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@kernels
+def test_damaged_plans_read_nothing_outside(place):
+    plan = make_plan("right", None, place)
+    wild = torch.tensor([-1, 15, 2**31 - 1, -(2**31), 14, 0, 3, 99], dtype=torch.int32, device=place)
+    plan = plan._replace(indices=wild, inverse=wild.repeat(2)[:15])
+    x = torch.randn(3, 5, 20, device=place, requires_grad=True)
+    y = fa.bias_residual_layer_norm(x, None, None, None, None, pack_from=plan)
+    rows = F.layer_norm(x, (20,), eps=1e-12).flatten(0, 1)
+    torch.testing.assert_close(y[4:7], rows[[14, 0, 3]])
+    assert (y[[0, 1, 2, 3, 7]] == 0).all()
+    y.sum().backward()
+    assert (x.grad.flatten(0, 1)[[0, 1, 2, 3, 7]] == 0).all()
+
+
+@backends
+def test_empty_batches(place):
+    for shape in ((0, 5), (4, 0)):
+        with fa.use_backend("reference"):
+            plan = fa.pack_plan(torch.ones(shape, dtype=torch.bool, device=place), capacity=2)
+        x = torch.randn(*shape, 8, device=place, requires_grad=True)
+        weight = torch.randn(8, device=place, requires_grad=True)
+        y = fa.bias_residual_layer_norm(x, None, None, weight, None, pack_from=plan)
+        assert y.tolist() == [[0.0] * 8] * 2
+        y.sum().backward()
+        assert x.grad.shape == x.shape and weight.grad.tolist() == [0.0] * 8
+    x = torch.randn(3, 0, device=place, requires_grad=True)
+    vector = torch.randn(0, device=place, requires_grad=True)
+    fa.bias_residual_layer_norm(x, vector, x, vector, vector).sum().backward()
+    fa.bias_gelu(x, vector).sum().backward()
+    assert x.grad.shape == (3, 0) and vector.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+def test_gradcheck(backend):
+    x, residual, bias, weight, ln_bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 5), (3, 5, 5), 5, 5, 5)
+    )
+    plan = make_plan("holes", 2, "cpu")
+    for approximate in ("none", "tanh"):
+        assert torch.autograd.gradcheck(lambda *t, a=approximate: fa.bias_gelu(*t, approximate=a), (x, bias))
+    vectors = (weight, ln_bias)
+    assert torch.autograd.gradcheck(our_norm(1e-3), (x, bias, residual, *vectors))
+    assert torch.autograd.gradcheck(our_norm(1e-3, pack_from=plan), (x, bias, residual, *vectors))
+    packed = torch.randn(2, plan.indices.shape[0], 5, dtype=torch.float64, requires_grad=True)
+    unpacking = our_norm(1e-3, unpack_to=plan)
+    assert torch.autograd.gradcheck(lambda p, *v: unpacking(p[0], bias, p[1], *v), (packed, *vectors))
+
+
+@kernels
+def test_opcheck(place):
+    dtype = torch.float64 if place == "cpu" else torch.float32
+    x, bias, residual, weight, ln_bias = norm_inputs(6, 10, dtype, place)
+    wide = torch.randn(6, 20, dtype=dtype, device=place)
+    dy = torch.randn(8, 10, dtype=dtype, device=place)
+    index = torch.tensor([0, 3, -1, 5, 1, 2, 4, -1], dtype=torch.int32, device=place)
+    inverse = torch.tensor([0, 4, 5, 1, 6, 3], dtype=torch.int32, device=place)
+    for rows in (x, wide[:, ::1][:, :10], x[:0]):
+        for tanh in (False, True):
+            torch.library.opcheck(ops._gelu_fwd, (rows, bias, tanh))
+            torch.library.opcheck(ops._gelu_bwd, (rows, rows, bias, tanh, True))
+    torch.library.opcheck(ops._gelu_bwd, (x, x, None, False, True))
+    for vectors, index_, sums in (((weight, ln_bias), None, False), ((None, weight.float()), index, True)):
+        args = (x, bias, residual, *vectors, index_, 1e-7, sums)
+        torch.library.opcheck(ops._norm_fwd, args)
+        stats = ops._norm_fwd(*args)[2]
+        grad, back = (dy[:6], None) if index_ is None else (dy, inverse)
+        for want in (False, True):
+            args = (grad, grad if sums else None, x, bias, residual, *vectors, stats, back, want)
+            torch.library.opcheck(ops._norm_bwd, args)
+
+
+@backends
+def test_fullgraph_compile(place):
+    plan = make_plan("holes", 2, place)
+
+    def layer(x, bias, residual, weight, ln_bias):
+        y, z = fa.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, return_sum=True)
+        y = fa.bias_residual_layer_norm(y, None, z, weight, ln_bias)
+        y = fa.bias_gelu(y, bias, approximate="tanh") + fa.bias_gelu(x, None)
+        return fa.bias_residual_layer_norm(y, bias, residual, weight, None, unpack_to=plan)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    tensors = norm_inputs(plan.indices.shape[0], 24, torch.float32, place)
+    grads = [torch.randn(plan.batch, plan.padded_len, 24, device=place)]
+    for got, want in zip(results(compiled, leaves(tensors), grads), results(layer, leaves(tensors), grads)):
+        torch.testing.assert_close(got, want, atol=0, rtol=0)
+
+
+@backends
+def test_compile_with_dynamic_rows(place):
+    def layer(x, bias):
+        return fa.bias_residual_layer_norm(fa.bias_gelu(x, bias), bias, x, bias, bias)
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (4, 9, 31):
+        x, bias = gelu_inputs(rows, 24, torch.float32, place)
+        assert torch.equal(compiled(x, bias), layer(x, bias))
+
+
+@backends
+def test_autocast(place):
+    x, bias, residual, weight, ln_bias = norm_inputs(7, 40, torch.float32, place)
+    half = x.bfloat16()
+    with torch.autocast(place, dtype=torch.bfloat16):
+        y = fa.bias_residual_layer_norm(half, bias, residual, weight, ln_bias)
+        u = fa.bias_gelu(x, bias.to(torch.float16))
+    assert torch.equal(y, fa.bias_residual_layer_norm(half, bias, residual.bfloat16(), weight, ln_bias))
+    assert torch.equal(u, fa.bias_gelu(half, bias.to(torch.float16).bfloat16()))
+
+
+@backends
+def test_one_tensor_as_x_and_residual(place):
+    x, _, _, weight, ln_bias = leaves(norm_inputs(7, 40, torch.float32, place))
+    ours = fa.bias_residual_layer_norm(x, None, x, weight, ln_bias)
+    plain = F.layer_norm(x + x, (40,), weight, ln_bias, 1e-12)
+    grad = torch.randn_like(x)
+    for got, want in zip(*(torch.autograd.grad(y, (x, weight, ln_bias), grad) for y in (ours, plain))):
+        torch.testing.assert_close(got, want)
+
+
+@backends
+def test_gradients_are_computed_for_what_wants_them(place):
+    tensors = norm_inputs(7, 40, torch.float32, place)
+    grads = random_grads(tensors[0], 2)
+    everything = dict(zip(NAMES, results(our_norm(), leaves(tensors), grads)[1]))
+    for wanted in (("x",), ("residual",), ("bias",), ("weight", "ln_bias"), ("x", "weight")):
+        given = [t.detach().requires_grad_(name in wanted) for name, t in zip(NAMES, tensors)]
+        outputs = [(y, grad) for y, grad in zip(our_norm()(*given), grads) if y.requires_grad]
+        torch.autograd.backward(*zip(*outputs))
+        for name, t in zip(NAMES, given):
+            assert (t.grad is not None) == (name in wanted), name
+            assert t.grad is None or torch.equal(t.grad, everything[name]), name
+    x, bias = (t.detach() for t in tensors[:2])
+    fa.bias_gelu(x, bias.requires_grad_()).sum().backward()
+    fa.bias_gelu(x.requires_grad_(), bias.detach()).sum().backward()
+    assert torch.allclose(bias.grad, x.grad.sum(0), atol=1e-5)
+
+
+@kernels
+def test_gradients_are_repeatable(place):
+    tensors = norm_inputs(900, 200, torch.float32, place)
+    grads = random_grads(tensors[0], 2)
+    threads = torch.get_num_threads()
+    runs = []
+    for count in (threads, 1, threads):
+        torch.set_num_threads(count)
+        runs.append(results(our_norm(), leaves(tensors), grads)[1])
+        runs[-1] += results(fa.bias_gelu, leaves(tensors[:2]), grads[:1])[1]
+    torch.set_num_threads(threads)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_cuda_graph(place):
+    tensors = norm_inputs(300, 768, torch.bfloat16, place)
+    grads = random_grads(tensors[0], 2)
+
+    def step(given):
+        y, z = our_norm()(*given)
+        u = fa.bias_gelu(y, given[1])
+        return torch.autograd.grad((u, z), given, grads)
+
+    given = leaves(tensors)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step(given)
+    with torch.no_grad():
+        given[0].copy_(torch.randn_like(given[0]))
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, step(given)):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa, native):
+    """The copies of the kernels that this machine does not choose by itself."""
+    script = (
+        "import torch, flowattn as fa\n"
+        "from test_encoder_fusions import *\n"
+        "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
+        "    for width in (1, 37, 200):\n"
+        "        tensors = norm_inputs(21, width, dtype, 'cpu')\n"
+        "        compare(our_norm(), plain_norm(), tensors, random_grads(tensors[0], 2))\n"
+        "        for form in ('none', 'tanh'):\n"
+        "            ours = lambda x, bias: fa.bias_gelu(x, bias, approximate=form)\n"
+        "            compare(ours, plain_gelu(form), tensors[:2], random_grads(tensors[0], 1))\n"
+    )
+    environment = os.environ | {"FLOWATTN_CPU_ISA": isa, "FLOWATTN_BACKEND": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=os.path.dirname(__file__), env=environment)
+    assert done.returncode == 0
+
+
+def refusals():
+    x, vector = torch.randn(4, 6), torch.randn(6)
+    plan = make_plan("right", None, "cpu")
+    norm, gelu = fa.bias_residual_layer_norm, fa.bias_gelu
+    return {
+        "kind": (lambda: gelu([1.0], None), TypeError, "x must be a tensor; got list"),
+        "dtype": (lambda: gelu(x.int(), None), TypeError, "x must be float16, bfloat16, float32 or float64"),
+        "dims": (lambda: gelu(x[0, 0], None), ValueError, r"x must have shape \(..., d\)"),
+        "form": (
+            lambda: gelu(x, None, approximate="erf"),
+            ValueError,
+            "approximate must be 'none' or 'tanh'; got 'erf'",
+        ),
+        "bias shape": (lambda: gelu(x, vector[1:]), ValueError, r"bias must have shape \(6,\); got \(5,\)"),
+        "bias dtype": (lambda: gelu(x, vector.half()), TypeError, "bias must have the dtype of x, torch.float32, or"),
+        "bias device": (
+            lambda: gelu(x, vector.to("meta")),
+            ValueError,
+            "bias must be on the device of x, cpu; got meta",
+        ),
+        "last dim": (lambda: gelu(x.t(), None), ValueError, "the last dim of x must be contiguous; got stride 6"),
+        "rows": (
+            lambda: gelu(torch.randn(4, 3, 6).transpose(0, 1), None),
+            ValueError,
+            r"leading dims of x must collapse to evenly spaced rows; got shape .* \(call .contiguous\(\) on it\)",
+        ),
+        "residual": (lambda: norm(x, None, x[1:], vector, vector), ValueError, "residual must have the shape of x"),
+        "residual dtype": (
+            lambda: norm(x, None, x.half(), vector, vector),
+            TypeError,
+            "residual must have the dtype of x",
+        ),
+        "weight": (lambda: norm(x, None, None, vector[None], vector), ValueError, r"weight must have shape \(6,\)"),
+        "eps": (lambda: norm(x, None, None, vector, vector, eps=-1.0), ValueError, "eps must be >= 0; got -1.0"),
+        "both plans": (
+            lambda: norm(x, None, None, vector, vector, pack_from=plan, unpack_to=plan),
+            ValueError,
+            "takes at most one of pack_from and unpack_to; got both",
+        ),
+        "packed": (
+            lambda: norm(x, None, None, vector, vector, unpack_to=plan),
+            ValueError,
+            r"x must have the plan's packed shape \(8, 6\); got \(4, 6\)",
+        ),
+        "padded": (
+            lambda: norm(x, None, None, vector, vector, pack_from=plan),
+            ValueError,
+            r"x must have the plan's padded shape \(3, 5, 6\); got \(4, 6\)",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_errors(name):
+    call, error, message = refusals()[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_explain(native, capsys):
+    x, vector = torch.randn(4, 6), torch.randn(6)
+    assert fa.explain("bias_gelu", x, vector, approximate="tanh") == "cpu"
+    assert fa.explain("bias_residual_layer_norm", x, None, x, vector, vector, eps=1e-7) == "cpu"
+    assert "needs CUDA tensors" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_cuda_refuses_float64():
+    x = torch.randn(4, 6, dtype=torch.float64, device="cuda")
+    with fa.use_backend("cuda"), pytest.raises(NotImplementedError, match="no float64"):
+        fa.bias_gelu(x, None)
