@@ -125,37 +125,34 @@ def _dense(grad):
 def _rows(name, argument, x):
     """x (..., d) as evenly spaced rows (N, d), without a copy."""
     checks.require(isinstance(x, torch.Tensor), name, f"{argument} must be a tensor", type(x).__name__, error=TypeError)
-    checks.require(x.dim() >= 1, name, f"{argument} must have shape (..., d)", tuple(x.shape))
+    checks.require(x.dim() >= 1, name, f"{argument} must have shape (..., d)", ())
     checks.float_dtype(name, argument, x)
     checks.last_dim_contiguous(name, (argument,), (x,))
     if x.dim() == 2:
         return x
     if x.dim() == 1:
         return x.unsqueeze(0)
-    sizes, strides = x.shape[:-1], x.stride()[:-1]
-    kept = [(size, stride) for size, stride in zip(sizes, strides) if size != 1]
-    even = x.numel() == 0 or all(outer[1] == inner[0] * inner[1] for outer, inner in zip(kept, kept[1:]))
-    rule = f"the leading dims of {argument} must collapse to evenly spaced rows"
-    checks.require(even, name, rule, f"shape {tuple(x.shape)}, strides {x.stride()}", "call .contiguous() on it")
+    kept = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()) if size != 1]
+    if x.numel() and any(outer[1] != inner[0] * inner[1] for outer, inner in zip(kept, kept[1:])):
+        rule = f"the leading dims of {argument} must collapse to evenly spaced rows"
+        checks.require(False, name, rule, f"shape {tuple(x.shape)}, strides {x.stride()}", "call .contiguous() on it")
     return x.flatten(0, -2)
 
 
 def _parameter(name, argument, parameter, x):
-    """A vector over the last dim of x, or None."""
+    """A vector over the last dim of x, or None. A call checks four of them, so no text is made for those that fit."""
     if parameter is None:
         return None
-    width = x.shape[-1]
-    checks.require(
-        tuple(parameter.shape) == (width,), name, f"{argument} must have shape ({width},)", tuple(parameter.shape)
-    )
-    checks.require(
-        parameter.device == x.device, name, f"{argument} must be on the device of x, {x.device}", parameter.device
-    )
     allowed = (x.dtype, torch.float32)
     if parameter.dtype not in allowed:
         (parameter,) = checks.autocast(parameter)
-    rule = f"{argument} must have the dtype of x, {x.dtype}, or float32"
-    checks.require(parameter.dtype in allowed, name, rule, parameter.dtype, error=TypeError)
+    fits = parameter.shape == x.shape[-1:] and parameter.dtype in allowed and parameter.device == x.device
+    if not fits:
+        width, rule = x.shape[-1], f"{argument} must have the dtype of x, {x.dtype}, or float32"
+        shape = tuple(parameter.shape)
+        checks.require(shape == (width,), name, f"{argument} must have shape ({width},)", shape)
+        checks.require(parameter.dtype in allowed, name, rule, parameter.dtype, error=TypeError)
+        checks.require(False, name, f"{argument} must be on the device of x, {x.device}", parameter.device)
     checks.last_dim_contiguous(name, (argument,), (parameter,))
     return parameter
 
@@ -174,14 +171,15 @@ def _prepare_norm(x, bias, residual, weight, ln_bias, *, eps=1e-12, return_sum=F
 
 def _prepare_norm_all(x, bias, residual, weight, ln_bias, eps, return_sum, pack_from, unpack_to):
     """Check everything; the arguments of the private op, the inverse of its index, and the shape of the result."""
-    name, tensors = _NORM_OP, [_rows(_NORM_OP, "x", x)]
-    if residual is not None:
-        tensors.append(_rows(name, "residual", residual))
-        rule = f"residual must have the shape of x, {tuple(x.shape)}"
-        checks.require(residual.shape == x.shape, name, rule, tuple(residual.shape))
-    tensors = checks.autocast(*tensors)
-    checks.same_dtype_device(name, ("x", "residual"), tensors)
-    rows, residual = tensors[0], tensors[1] if residual is not None else None
+    name, rows = _NORM_OP, _rows(_NORM_OP, "x", x)
+    if residual is None:
+        (rows,) = checks.autocast(rows)
+    else:
+        if residual.shape != x.shape:
+            rule = f"residual must have the shape of x, {tuple(x.shape)}"
+            checks.require(False, name, rule, tuple(residual.shape))
+        rows, residual = checks.autocast(rows, _rows(name, "residual", residual))
+        checks.same_dtype_device(name, ("x", "residual"), (rows, residual))
     parameters = (("bias", bias), ("weight", weight), ("ln_bias", ln_bias))
     bias, weight, ln_bias = (_parameter(name, argument, value, rows) for argument, value in parameters)
     checks.require(eps >= 0, name, "eps must be >= 0", eps)
