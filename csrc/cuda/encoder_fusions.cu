@@ -5,6 +5,7 @@
 #include <bit>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 
 #include "common/cuda_stream.h"
 #include "common/encoder_fusions.h"

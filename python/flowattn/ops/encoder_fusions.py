@@ -18,7 +18,7 @@ def bias_gelu(x, bias, *, approximate="none"):
     Dtypes: x float16, bfloat16, float32 or (CPU and reference) float64; bias x's dtype or float32. Computed in float32.
     Layout: last dim contiguous; leading dims that collapse to evenly spaced rows (a packed (T, d) always does); no copy
         is made. Zero-length tensors are legal.
-    approximate: "none" for the normal distribution function Phi (BERT's `gelu`), within 3e-8 of it; "tanh" for
+    approximate: "none" for the normal distribution function Phi (BERT's `gelu`), within 1e-7 of it; "tanh" for
         Phi(u) = (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2 (`gelu_new`).
     Under autocast x is cast to its dtype.
     Gradients: x and bias, computed again from x, the only tensor that is saved; the bias's is summed in float32 and
