@@ -100,10 +100,13 @@ void norm_fwd(const BiasResidualLayerNorm& op, int64_t begin, int64_t end, T* z)
       first.slots[slot] += delta;
       second.slots[slot] += delta * delta;
     });
-    // The rounding of the mean, taken back: a constant row has variance 0 exactly, whatever its value.
-    const T error = first.total() / op.width, square = second.total() / op.width - error * error;
+    // The rounding of the mean, taken back: a constant row has variance 0 exactly, whatever its value. A square that
+    // overflowed stays infinite, so that the row becomes ln_bias.
+    const T error = first.total() / op.width, square = second.total() / op.width;
     mean += error;
-    const T variance = square < 0 ? 0 : square, scale = 1 / T(__builtin_sqrt(variance + op.eps));
+    T variance = square < __builtin_inff() ? square - error * error : square;
+    if (variance < 0) variance = 0;
+    const T scale = 1 / T(__builtin_sqrt(variance + op.eps));
     each_vector<T>(op.width, [&](int64_t c, int, auto part) {
       const Vec<T> n = (load(z + c, part) - mean) * scale;
       store(y + c, n * load(weight + c, part) + load(ln_bias + c, part), part);

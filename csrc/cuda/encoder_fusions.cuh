@@ -199,10 +199,12 @@ __global__ void __launch_bounds__(kNormThreads<Team>, Team == kWarp ? 6 : 1)
     }
   });
   moments = team_sum<Team>(moments);
-  // The rounding of the mean, taken back: a constant row has variance 0 exactly, whatever its value.
-  const float error = moments.x / args.width;
+  // The rounding of the mean, taken back: a constant row has variance 0 exactly, whatever its value. A square that
+  // overflowed stays infinite, so that the row becomes ln_bias.
+  const float error = moments.x / args.width, square = moments.y / args.width;
   mean += error;
-  const float scale = 1.0f / sqrtf(fmaxf(moments.y / args.width - error * error, 0.0f) + args.eps);
+  const float variance = square < INFINITY ? fmaxf(square - error * error, 0.0f) : square;
+  const float scale = 1.0f / sqrtf(variance + args.eps);
   each([&](int k, int column) {
     if constexpr (K == 0) z[k] = source.template sum<V>(args, column);
     const Floats<V> weight = load<V, S>(args.weight, column, 1.0f), shift = load<V, S>(args.ln_bias, column, 0.0f);
