@@ -1,11 +1,12 @@
-// Device guard and current stream for CUDA launchers, on the stable ABI.
+// Device guard, current stream and error check for CUDA launchers, on the stable ABI.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include "common/check.h"
 
 // Weak: a library with CUDA kernels still loads beside a CPU-only torch, which does not have this symbol.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -26,5 +27,10 @@ class CudaLaunch {
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
 };
+
+// torch's own macro for this needs symbols that a CPU-only torch does not have.
+inline void check_launch(const char* op, cudaError_t status) {
+  FA_CHECK(status == cudaSuccess, op, "the kernel must launch", cudaGetErrorString(status));
+}
 
 }  // namespace flowattn

@@ -96,26 +96,3 @@ class ScratchCursor {
 };
 
 }  // namespace flowattn::FLOWATTN_ISA_NAMESPACE
-
-// Evaluates to CALL, in which S names the storage type of `op`.
-#define FA_DISPATCH_STORAGE(op, CALL) \
-  [&] {                               \
-    switch ((op).storage) {           \
-      case Storage::kDouble: {        \
-        using S = double;             \
-        return CALL;                  \
-      }                               \
-      case Storage::kHalf: {          \
-        using S = Half;               \
-        return CALL;                  \
-      }                               \
-      case Storage::kBFloat16: {      \
-        using S = BFloat16;           \
-        return CALL;                  \
-      }                               \
-      default: {                      \
-        using S = float;              \
-        return CALL;                  \
-      }                               \
-    }                                 \
-  }()

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/varlen_attention.h"  // Storage
+#include "cpu/storage.h"
 
 namespace flowattn {
 

@@ -69,13 +69,8 @@ using U32 = Vec<uint32_t>;
 
 inline float half_to_float(uint16_t h) {
   uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
-  float value;
-  if (magnitude < 0x0400) {
-    value = float(magnitude) * 0x1p-24f;  // subnormal
-  } else {
-    uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
-    __builtin_memcpy(&value, &bits, 4);
-  }
+  uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
+  float value = magnitude < 0x0400 ? float(magnitude) * 0x1p-24f : __builtin_bit_cast(float, bits);
   return sign ? -value : value;
 }
 
@@ -107,9 +102,23 @@ inline V load_bits(const S* p) {
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
 
-inline Vec<float> load(const BFloat16* p) {
-  return (Vec<float>)(__builtin_convertvector(load_bits<U16>(p), U32) << 16);
+// Between U16 and U32; GCC 12 splits the general form at 512 bits.
+inline U32 widen_bits(U16 v) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#else
+  return __builtin_convertvector(v, U32);
+#endif
 }
+inline U16 narrow_bits(U32 v) {
+#if defined(__AVX512F__)
+  return (U16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, U16);
+#endif
+}
+
+inline Vec<float> load(const BFloat16* p) { return (Vec<float>)(widen_bits(load_bits<U16>(p)) << 16); }
 
 inline Vec<float> load(const Half* p) {
 #if defined(__AVX512F__)
@@ -130,7 +139,7 @@ inline void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v);
 inline void store(BFloat16* p, Vec<float> v) {
   U32 bits = (U32)v;
   U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-  U16 narrow = __builtin_convertvector(v == v ? rounded : 0x7fc0 + U32{}, U16);
+  U16 narrow = narrow_bits(v == v ? rounded : 0x7fc0 + U32{});
   __builtin_memcpy(p, &narrow, sizeof narrow);
 }
 

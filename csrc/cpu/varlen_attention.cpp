@@ -24,21 +24,6 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "varlen_attention";
 
-Storage storage_of(const Tensor& q) {
-  switch (q.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    default:
-      FA_CHECK(false, kOp, "q must be float16, bfloat16, float32 or float64", toString(q.scalar_type()));
-  }
-}
-
 std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::string out = "(";
   for (int64_t size : sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(size);
@@ -87,7 +72,7 @@ RowValues row_values(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.str
 VarlenAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& cu_q, Tensor& cu_k, double scale,
                          int64_t left, int64_t right, bool top_left) {
   VarlenAttention op{};
-  op.storage = storage_of(q);
+  op.storage = storage_of(kOp, "q", q);
   FA_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, kOp, "q, k and v must have shape (T, heads, width)",
            text(q.sizes()) + ", " + text(k.sizes()) + " and " + text(v.sizes()));
   op.heads = q.size(1), op.heads_kv = k.size(1), op.width = q.size(2), op.width_v = v.size(2);

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/isa.h"
+#include "cpu/storage.h"
 
 namespace flowattn {
 
@@ -11,8 +11,6 @@ namespace flowattn {
 // them against 128, and two score tiles still fit an L2 of 512 KiB.
 constexpr int64_t kQueryTile = 256;
 constexpr int64_t kKeyTile = 64;
-
-enum class Storage { kFloat, kDouble, kHalf, kBFloat16 };
 
 // (T, heads, width) with a contiguous last dim; strides in elements.
 struct PackedRows {

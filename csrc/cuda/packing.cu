@@ -11,10 +11,6 @@
 namespace flowattn {
 namespace {
 
-void check_launch(const char* op, cudaError_t status) {
-  FA_CHECK(status == cudaSuccess, op, "the kernel must launch", cudaGetErrorString(status));
-}
-
 template <class T>
 void launch_plan(const PackPlanArgs& args, cudaStream_t stream, int device) {
   int processors = 1;

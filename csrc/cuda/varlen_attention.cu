@@ -38,8 +38,8 @@ EncodeTiled encode_tiled() {
   static const EncodeTiled encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
-    STD_CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
+    check_launch(kOp,
+                 cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
     return reinterpret_cast<EncodeTiled>(entry);
   }();
   return encode;
@@ -116,9 +116,10 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& q, const Tensor& k
   const auto launch_with = [&](auto kernel, int warpgroups) {
     const int64_t blocks = slots * heads * (kTile / (warpgroups * kRowTile));
     FA_CHECK(blocks < (int64_t{1} << 31), kOp, "tiles * heads must be below 2^30", slots * heads);
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(warpgroups)));
+    check_launch(kOp,
+                 cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(warpgroups)));
     kernel<<<static_cast<unsigned>(blocks), warpgroups * kWarpgroup, shared_bytes(warpgroups), launch.stream()>>>(args);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch(kOp, cudaGetLastError());
   };
   if (slots == 0) return {out, lse};
   // Two warpgroups halve the reads of K and V from L2; one leaves none idle where most tiles are partial.

@@ -11,6 +11,13 @@ import torch
 
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
+    "bias_gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
+    "bias_gelu_bwd": "(Tensor dy, Tensor x, Tensor? bias, bool tanh, bool want_dbias) -> (Tensor dx, Tensor dbias)",
+    "bias_residual_layer_norm_fwd": "(Tensor x, Tensor? bias, Tensor? residual, Tensor? weight, Tensor? ln_bias,"
+    " Tensor? index, float eps, bool want_sum) -> (Tensor y, Tensor z, Tensor stats)",
+    "bias_residual_layer_norm_bwd": "(Tensor dy, Tensor? dz, Tensor x, Tensor? bias, Tensor? residual, Tensor? weight,"
+    " Tensor? ln_bias, Tensor stats, Tensor? inverse, bool want_params)"
+    " -> (Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",

@@ -1,0 +1,377 @@
+// Device code of bias_gelu and bias_residual_layer_norm. Raw pointers and sizes, no torch header.
+//
+// A thread moves vectors of V elements: 16 bytes where every address and the width allow it, else V = 1. Column sums of
+// a backward are float32 partial sums of one block each, then added up in order by column_sums_kernel: no atomics, the
+// same bits every time.
+#pragma once
+
+#include "common/gelu.h"
+#include "cuda/row_vectors.cuh"
+
+namespace flowattn {
+
+template <class S>
+struct Rows {
+  S* data;         // nullptr: absent
+  int64_t stride;  // elements
+
+  __device__ S* row(int64_t index) const { return data ? data + index * stride : nullptr; }
+};
+
+// ---- bias_gelu ----------------------------------------------------------------------------------------------------
+//
+// blockDim.x threads lie along the columns and blockDim.y along the rows; gridDim.y covers the columns, gridDim.x takes
+// turns over the rows. A thread keeps its columns, so it reads the bias once, and has several rows in flight.
+
+constexpr int kGeluThreads = 256, kGeluRows = 4, kGeluBwdRows = 2;
+constexpr int kGeluBlocks = 3;  // a multiprocessor, in the backward: few partial sums, and 48 KiB of loads in flight
+
+struct DeviceMath {
+  typedef float Scalar;
+  static __device__ float exp(float x) { return __expf(x); }
+  static __device__ float inverse(float x) { return __fdividef(1.0f, x); }  // of 1..2 only
+  static __device__ float normal_cdf(float u, float gauss) { return float_normal_cdf(u, gauss); }
+};
+
+template <class S>
+struct BiasGeluArgs {
+  int64_t rows;
+  int width;
+  ColumnVector bias;
+  Rows<const S> x, dy;
+  Rows<S> out;      // y or dx
+  float* partials;  // (gridDim.x, width) or nullptr; backward
+};
+
+template <class S, int V, bool Tanh>
+__global__ void __launch_bounds__(kGeluThreads) bias_gelu_fwd_kernel(const BiasGeluArgs<S> args) {
+  const int column = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+  if (column >= args.width) return;
+  const Floats<V> bias = load<V, S>(args.bias, column, 0.0f);
+  const int64_t step = blockDim.y, turn = int64_t{gridDim.x} * step * kGeluRows;
+  for (int64_t first = blockIdx.x * step * kGeluRows + threadIdx.y; first < args.rows; first += turn) {
+    Floats<V> x[kGeluRows];
+#pragma unroll
+    for (int i = 0; i < kGeluRows; ++i) {
+      const int64_t row = first + i * step;
+      if (row < args.rows) x[i] = load<V>(args.x.row(row) + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kGeluRows; ++i) {
+      const int64_t row = first + i * step;
+      if (row >= args.rows) break;
+#pragma unroll
+      for (int e = 0; e < V; ++e) x[i][e] = gelu<Tanh, DeviceMath>(x[i][e] + bias[e]);
+      store<V>(args.out.row(row) + column, x[i]);
+    }
+  }
+}
+
+template <class S, int V, bool Tanh>
+__global__ void __launch_bounds__(kGeluThreads, kGeluBlocks) bias_gelu_bwd_kernel(const BiasGeluArgs<S> args) {
+  __shared__ float sums[kGeluThreads * V];
+  const int column = (blockIdx.y * blockDim.x + threadIdx.x) * V;
+  const bool inside = column < args.width;  // the others only meet the barrier
+  Floats<V> sum = splat<V>(0.0f);
+  const Floats<V> bias = inside ? load<V, S>(args.bias, column, 0.0f) : sum;
+  const int64_t step = blockDim.y, turn = int64_t{gridDim.x} * step * kGeluBwdRows;
+  for (int64_t first = blockIdx.x * step * kGeluBwdRows + threadIdx.y; inside && first < args.rows; first += turn) {
+    Pack<S, V> x[kGeluBwdRows], dy[kGeluBwdRows];
+#pragma unroll
+    for (int i = 0; i < kGeluBwdRows; ++i) {
+      const int64_t row = first + i * step;
+      if (row < args.rows) {
+        x[i] = *reinterpret_cast<const Pack<S, V>*>(args.x.row(row) + column);
+        dy[i] = *reinterpret_cast<const Pack<S, V>*>(args.dy.row(row) + column);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGeluBwdRows; ++i) {
+      const int64_t row = first + i * step;
+      if (row >= args.rows) break;
+      Floats<V> dx;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        dx[e] = to_float(dy[i].values[e]) * gelu_slope<Tanh, DeviceMath>(to_float(x[i].values[e]) + bias[e]);
+        sum[e] += dx[e];
+      }
+      store<V>(args.out.row(row) + column, dx);
+    }
+  }
+  if (!args.partials) return;  // the whole grid
+#pragma unroll
+  for (int e = 0; e < V; ++e) sums[(threadIdx.y * V + e) * blockDim.x + threadIdx.x] = sum[e];
+  __syncthreads();
+  if (threadIdx.y != 0 || !inside) return;
+  for (int y = 1; y < blockDim.y; ++y) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) sum[e] += sums[(y * V + e) * blockDim.x + threadIdx.x];
+  }
+  float* partial = args.partials + int64_t{blockIdx.x} * args.width + column;
+#pragma unroll
+  for (int e = 0; e < V; ++e) partial[e] = sum[e];
+}
+
+// ---- bias_residual_layer_norm -------------------------------------------------------------------------------------
+//
+// A team of threads, a warp or a block, owns a row and keeps it in registers, K vectors a thread; K = 0 reads it again
+// (from L1 or L2) for each pass instead, which takes any width.
+
+constexpr int kWarpTeams = 4;  // teams of a block whose teams are warps
+template <int Team>
+constexpr int kNormThreads = Team == kWarp ? kWarp * kWarpTeams : Team;
+
+template <class S>
+struct NormArgs {
+  int64_t rows;  // of y in the forward, of x in the backward
+  int width;
+  float eps;
+  ColumnVector bias, weight, ln_bias;
+  Rows<const S> x, residual;
+  const int* index;      // forward: row of x for each row of y; backward: row of y for each row of x; nullptr: the same
+  int64_t indexed_rows;  // an index outside 0..indexed_rows means a row of zeros
+  float2* stats;         // (rows of y,): mean and 1 / deviation
+  Rows<S> y, z;          // forward
+  Rows<const S> dy, dz;  // backward
+  Rows<S> dx;
+  float* partials;  // (gridDim.x, 3, width): sums for bias, weight and ln_bias; or nullptr
+};
+
+template <class S>
+struct NormRow {
+  int64_t from;  // the indexed row, or -1
+  const S *x, *residual;
+
+  // z = x + bias + residual of V columns.
+  template <int V>
+  __device__ Floats<V> sum(const NormArgs<S>& args, int column) const {
+    Floats<V> z = load<V>(x + column);
+    const Floats<V> bias = load<V, S>(args.bias, column, 0.0f);
+    const Floats<V> more = residual ? load<V>(residual + column) : splat<V>(0.0f);
+#pragma unroll
+    for (int e = 0; e < V; ++e) z[e] = z[e] + bias[e] + more[e];
+    return z;
+  }
+};
+
+// Row `row` of y or of x, and the row of the other that the index gives it.
+template <class S>
+__device__ inline int64_t indexed_row(const NormArgs<S>& args, int64_t row) {
+  const int64_t from = args.index ? args.index[row] : row;
+  return from >= 0 && from < args.indexed_rows ? from : -1;
+}
+
+template <class S, int V, int Team, int K>
+__global__ void __launch_bounds__(kNormThreads<Team>, Team == kWarp ? 6 : 1)
+    bias_residual_layer_norm_fwd_kernel(const NormArgs<S> args) {
+  const int64_t row = int64_t{blockIdx.x} * (kNormThreads<Team> / Team) + threadIdx.x / Team;
+  if (row >= args.rows) return;  // whole teams
+  const auto each = [&](auto f) { each_vector<V, Team, K>(args.width, f); };
+  S *y = args.y.row(row), *sum = args.z.row(row);
+  const int64_t from = indexed_row(args, row);
+  if (from < 0) {  // whole teams
+    const Floats<V> zero = splat<V>(0.0f);
+    each([&](int, int column) {
+      store<V>(y + column, zero);
+      if (sum) store<V>(sum + column, zero);
+    });
+    if (threadIdx.x % Team == 0) args.stats[row] = {0.0f, 0.0f};
+    return;
+  }
+  const NormRow<S> source{from, args.x.row(from), args.residual.row(from)};
+  Floats<V> z[K > 0 ? K : 1];
+  float total = 0.0f;
+  each([&](int k, int column) {
+    z[k] = source.template sum<V>(args, column);
+    if (sum) store<V>(sum + column, z[k]);
+#pragma unroll
+    for (int e = 0; e < V; ++e) total += z[k][e];
+  });
+  float mean = team_sum<Team>({total, 0.0f}).x / args.width;
+  float2 moments = {0.0f, 0.0f};
+  each([&](int k, int column) {
+    if constexpr (K == 0) z[k] = source.template sum<V>(args, column);
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      const float delta = z[k][e] - mean;
+      moments.x += delta;
+      moments.y += delta * delta;
+    }
+  });
+  moments = team_sum<Team>(moments);
+  // The rounding of the mean, taken back: a constant row has variance 0 exactly, whatever its value. A square that
+  // overflowed stays infinite, so that the row becomes ln_bias.
+  const float error = moments.x / args.width, square = moments.y / args.width;
+  mean += error;
+  const float variance = square < INFINITY ? fmaxf(square - error * error, 0.0f) : square;
+  const float scale = 1.0f / sqrtf(variance + args.eps);
+  each([&](int k, int column) {
+    if constexpr (K == 0) z[k] = source.template sum<V>(args, column);
+    const Floats<V> weight = load<V, S>(args.weight, column, 1.0f), shift = load<V, S>(args.ln_bias, column, 0.0f);
+#pragma unroll
+    for (int e = 0; e < V; ++e) z[k][e] = (z[k][e] - mean) * scale * weight[e] + shift[e];
+    store<V>(y + column, z[k]);
+  });
+  if (threadIdx.x % Team == 0) args.stats[row] = {mean, scale};
+}
+
+// Writes the sums of a block's teams to its partial sums. With K = 0 they are there already.
+template <int V, int Team, int K>
+__device__ inline void store_partials(const Floats<V> (&sums)[3][K], int width, float* partials) {
+  if constexpr (Team > kWarp) {
+#pragma unroll
+    for (int kind = 0; kind < 3; ++kind) {
+      each_vector<V, Team, K>(width, [&](int k, int column) {
+#pragma unroll
+        for (int e = 0; e < V; ++e) partials[kind * width + column + e] = sums[kind][k][e];
+      });
+    }
+  } else {
+    __shared__ float total[3][K * V * kWarp];
+    for (int team = 0; team < kWarpTeams; ++team) {  // one after the other, in a fixed order
+      if (threadIdx.x / kWarp == team) {
+#pragma unroll
+        for (int kind = 0; kind < 3; ++kind) {
+          each_vector<V, Team, K>(width, [&](int k, int column) {
+#pragma unroll
+            for (int e = 0; e < V; ++e) {
+              const float before = team > 0 ? total[kind][column + e] : 0.0f;
+              total[kind][column + e] = before + sums[kind][k][e];
+            }
+          });
+        }
+      }
+      __syncthreads();
+    }
+    for (int kind = 0; kind < 3; ++kind) {
+      for (int column = threadIdx.x; column < width; column += kNormThreads<Team>) {
+        partials[kind * width + column] = total[kind][column];
+      }
+    }
+  }
+}
+
+// Blocks a multiprocessor in the backward: the register file divided by what three sums of so many columns need.
+template <int Team, int Columns>
+constexpr int kNormBlocks = Team > 256                       ? 1
+                            : (Team > kWarp || Columns > 16) ? 2
+                            : Columns > 8                    ? 4
+                                                             : 6;
+
+template <class S, int V, int Team, int K>
+__global__ void __launch_bounds__(kNormThreads<Team>, kNormBlocks<Team, K * V>)
+    bias_residual_layer_norm_bwd_kernel(const NormArgs<S> args) {
+  const auto each = [&](auto f) { each_vector<V, Team, K>(args.width, f); };
+  constexpr int kept = K > 0 ? K : 1, teams = kNormThreads<Team> / Team;
+  float* partials = args.partials ? args.partials + int64_t{blockIdx.x} * 3 * args.width : nullptr;
+  Floats<V> sums[3][kept];
+#pragma unroll
+  for (int kind = 0; kind < 3; ++kind) {
+    for (int k = 0; k < kept; ++k) sums[kind][k] = splat<V>(0.0f);
+  }
+  if (K == 0 && partials) {  // too wide for registers: a thread adds to its own columns of the partial sums
+    for (int kind = 0; kind < 3; ++kind) {
+      each([&](int, int column) {
+#pragma unroll
+        for (int e = 0; e < V; ++e) partials[kind * args.width + column + e] = 0.0f;
+      });
+    }
+  }
+  const int64_t turn = int64_t{gridDim.x} * teams;
+  for (int64_t row = int64_t{blockIdx.x} * teams + threadIdx.x / Team; row < args.rows; row += turn) {
+    S* dx = args.dx.row(row);
+    const int64_t from = indexed_row(args, row);
+    if (from < 0) {  // whole teams
+      const Floats<V> zero = splat<V>(0.0f);
+      each([&](int, int column) { store<V>(dx + column, zero); });
+      continue;
+    }
+    const NormRow<S> source{from, args.x.row(row), args.residual.row(row)};
+    const S *dy = args.dy.row(from), *dz = args.dz.row(from);
+    const float2 stats = args.stats[from];
+    Floats<V> normal[kept], grad[kept];
+    const auto read = [&](int k, int column) {
+      grad[k] = load<V>(dy + column);
+      normal[k] = source.template sum<V>(args, column);
+#pragma unroll
+      for (int e = 0; e < V; ++e) normal[k][e] = (normal[k][e] - stats.x) * stats.y;
+    };
+    float2 means = {0.0f, 0.0f};
+    each([&](int k, int column) {
+      read(k, column);
+      const Floats<V> weight = load<V, S>(args.weight, column, 1.0f);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const float g = grad[k][e] * weight[e];
+        means.x += g;
+        means.y += g * normal[k][e];
+      }
+    });
+    means = team_sum<Team>(means);
+    means.x /= args.width;
+    means.y /= args.width;
+    each([&](int k, int column) {
+      if constexpr (K == 0) read(k, column);
+      const Floats<V> weight = load<V, S>(args.weight, column, 1.0f);
+      const Floats<V> more = dz ? load<V>(dz + column) : splat<V>(0.0f);
+      Floats<V> out;
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        // Rounded, not fused into the subtraction: else it does not cancel against the mean in a row of width 1.
+        const float g = __fmul_rn(grad[k][e], weight[e]);
+        out[e] = stats.y * (g - means.x - normal[k][e] * means.y) + more[e];
+        if constexpr (K > 0) {
+          sums[0][k][e] += out[e];
+          sums[1][k][e] += grad[k][e] * normal[k][e];
+          sums[2][k][e] += grad[k][e];
+        } else if (partials) {
+          partials[column + e] += out[e];
+          partials[args.width + column + e] += grad[k][e] * normal[k][e];
+          partials[2 * args.width + column + e] += grad[k][e];
+        }
+      }
+      store<V>(dx + column, out);
+    });
+  }
+  if constexpr (K > 0) {
+    if (partials) store_partials<V, Team, K>(sums, args.width, partials);
+  }
+}
+
+// ---- column sums --------------------------------------------------------------------------------------------------
+//
+// The second stage: blockIdx.y chooses one of the vectors, a warp's lanes lie along 32 columns, and the warps of a
+// block share the partial sums.
+
+constexpr int kColumnWarps = 16;
+
+struct ColumnSumsArgs {
+  const float* partials;  // (count, gridDim.y, width)
+  int count, width;
+  void* out[3];  // (width,) each; nullptr: not wanted
+  bool is_float[3];
+};
+
+template <class S>
+__global__ void __launch_bounds__(kWarp* kColumnWarps) column_sums_kernel(const __grid_constant__ ColumnSumsArgs args) {
+  __shared__ float sums[kColumnWarps][kWarp];
+  const int kind = blockIdx.y, column = blockIdx.x * kWarp + threadIdx.x;
+  if (!args.out[kind]) return;  // the whole block
+  float sum = 0.0f;
+  if (column < args.width) {
+    const float* partials = args.partials + int64_t{kind} * args.width + column;
+    for (int at = threadIdx.y; at < args.count; at += kColumnWarps)
+      sum += partials[int64_t{at} * gridDim.y * args.width];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= args.width) return;
+  for (int y = 1; y < kColumnWarps; ++y) sum += sums[y][threadIdx.x];
+  if (args.is_float[kind]) {
+    static_cast<float*>(args.out[kind])[column] = sum;
+  } else {
+    from_float(sum, static_cast<S*>(args.out[kind])[column]);
+  }
+}
+
+}  // namespace flowattn
