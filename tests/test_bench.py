@@ -250,7 +250,7 @@ def test_quick_run_checks_every_provider():
 def test_unknown_op_missing_checkout_and_missing_readme(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["no_such_op"])
-    assert "op must be one of packing, varlen_attention" in capsys.readouterr().err
+    assert "op must be one of " in capsys.readouterr().err
     with pytest.raises(SystemExit, match="needs a source checkout"):
         bench.find_checkout([tmp_path])
     with pytest.raises(SystemExit, match="needs .*README.md"):

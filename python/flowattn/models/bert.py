@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from flowattn import checks
+from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
 from flowattn.ops.packing import pack, pack_plan, unpack
 from flowattn.ops.varlen_attention import varlen_attention
 
@@ -82,10 +84,15 @@ class FusedProjection(nn.Module):
         if not self._plain():
             return torch.cat([layer(x) for layer in self.layers], -1)
         weight, bias = (_joined([getattr(layer, name) for layer in self.layers]) for name in ("weight", "bias"))
-        return nn.functional.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     def _plain(self):
-        return all(type(layer) is nn.Linear for layer in self.layers)
+        return all(map(_plain, self.layers))
+
+
+def _plain(layer):
+    """False for what adapters and quantization put in the place of a Linear."""
+    return type(layer) is nn.Linear
 
 
 def _joined(parts):
@@ -99,6 +106,27 @@ def _joined(parts):
             return torch.cat(parts)
         end += part.numel()
     return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+
+
+# Class names of activation modules that bias_gelu computes, and its `approximate`.
+FUSED_GELUS = {"GELUActivation": "none", "NewGELUActivation": "tanh", "GELUTanh": "tanh", "PytorchGELUTanh": "tanh"}
+
+
+def _activated(up, activation, x):
+    """activation(up(x)), the bias and the activation in one pass where it is a GELU."""
+    approximate = FUSED_GELUS.get(type(activation).__name__)
+    if approximate is None or not _plain(up):
+        return activation(up(x))
+    return bias_gelu(linear(x, up.weight), up.bias, approximate=approximate)
+
+
+def _residual_norm(down, dropout, norm, x, residual):
+    """norm(residual + dropout(down(x))), all but the product in one pass where no dropout stands between."""
+    drops = dropout.training and getattr(dropout, "p", 0.0) > 0
+    if drops or not _plain(down) or type(norm) is not nn.LayerNorm:
+        return norm(residual + dropout(down(x)))
+    projected = linear(x, down.weight)
+    return bias_residual_layer_norm(projected, down.bias, residual, norm.weight, norm.bias, eps=norm.eps)
 
 
 class PostNormLayer(nn.Module):
@@ -142,8 +170,10 @@ class PostNormLayer(nn.Module):
             q, k, v, plan.cu_seqlens, max_seqlen_q=plan.max_seqlen, max_seqlen_k=plan.max_seqlen, dropout_p=dropout_p,
             plan=plan,
         )  # fmt: skip
-        x = self.attention_norm(x + self.out_dropout(self.out(attended.flatten(1))))
-        return self.output_norm(x + self.down_dropout(self.down(self.activation(self.up(x)))))
+        x = _residual_norm(self.out, self.out_dropout, self.attention_norm, attended.flatten(1), x)
+        return _residual_norm(
+            self.down, self.down_dropout, self.output_norm, _activated(self.up, self.activation, x), x
+        )
 
 
 class PaddingFreeEncoder(nn.Module):

@@ -214,6 +214,7 @@ _GELU = dispatch.Table(
     dispatch.Backend("cuda", _refuse_cuda, _gelu_fwd, _gelu_bwd),
     dispatch.Backend("cpu", _refuse_cpu, _gelu_fwd, _gelu_bwd),
     dispatch.Backend("reference", dispatch.never, reference.bias_gelu),
+    probe=lambda device: (torch.zeros(1, 8, device=device), None),
 )
 _NORM = dispatch.Table(
     _NORM_OP,
@@ -221,6 +222,7 @@ _NORM = dispatch.Table(
     dispatch.Backend("cuda", _refuse_cuda, _norm_fwd, _norm_bwd),
     dispatch.Backend("cpu", _refuse_cpu, _norm_fwd, _norm_bwd),
     dispatch.Backend("reference", dispatch.never, reference.bias_residual_layer_norm),
+    probe=lambda device: (torch.zeros(1, 8, device=device), *[None] * 4),
 )
 
 
