@@ -85,3 +85,23 @@ def visible(rows, keys, length, shift, left, right, HAS_LEFT: tl.constexpr, HAS_
     if HAS_RIGHT:
         keep = keep & (keys <= rows + shift + right)
     return keep
+
+
+@triton.jit
+def owned_tile(
+    cu, cu_other, tiles, batch, total, total_other, steps, HEADS: tl.constexpr, SELF: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(head, first row, start, length, start and length on the other side) of the BLOCK rows this program owns.
+
+    Heads are neighbours, then the blocks of a tile. A first row past the length means that there is nothing to do.
+    """
+    program = tl.program_id(0)
+    slot = program // HEADS
+    b, row, start, length = locate(slot // (TILE // BLOCK), tiles, cu, batch, total, steps, TILE)
+    row += slot % (TILE // BLOCK) * BLOCK
+    if SELF:
+        start_other, length_other = start, tl.where(b == batch, 0, length)
+    else:
+        start_other, length_other = other_side(b, cu_other, batch, total_other)
+    return program % HEADS, row, start, length, start_other, length_other

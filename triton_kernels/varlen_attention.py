@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .intervals import TILE, locate, other_side, tile_interval, visible
+from .intervals import TILE, owned_tile, tile_interval, visible
 from .launch import Launcher, alignments
 from .varlen_attention_configs import dkv_config, dq_config, forward_config
 
@@ -99,17 +99,11 @@ def varlen_attention_fwd_kernel(
     HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    h = program % HEADS
-    slot = program // HEADS
-    b, row, start, length_q = locate(slot // (TILE // BM), tiles, cu_q, batch, total_q, steps, TILE)
-    row += slot % (TILE // BM) * BM
+    h, row, start, length_q, start_k, length_k = owned_tile(
+        cu_q, cu_k, tiles, batch, total_q, total_k, steps, HEADS, SELF, TILE, BM
+    )
     if row >= length_q:
         return
-    if SELF:
-        start_k, length_k = start, tl.where(b == batch, 0, length_q)
-    else:
-        start_k, length_k = other_side(b, cu_k, batch, total_k)
     shift = 0 if TOP_LEFT else length_k - length_q
     q += tl.cast(start, tl.int64) * stride_qt + h * stride_qh
     k += tl.cast(start_k, tl.int64) * stride_kt + h // GROUP * stride_kh
@@ -208,17 +202,11 @@ def varlen_attention_bwd_dq_kernel(
     HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    h = program % HEADS
-    slot = program // HEADS
-    b, row, start, length_q = locate(slot // (TILE // BM), tiles, cu_q, batch, total_q, steps, TILE)
-    row += slot % (TILE // BM) * BM
+    h, row, start, length_q, start_k, length_k = owned_tile(
+        cu_q, cu_k, tiles, batch, total_q, total_k, steps, HEADS, SELF, TILE, BM
+    )
     if row >= length_q:
         return
-    if SELF:
-        start_k, length_k = start, tl.where(b == batch, 0, length_q)
-    else:
-        start_k, length_k = other_side(b, cu_k, batch, total_k)
     shift = 0 if TOP_LEFT else length_k - length_q
     start = tl.cast(start, tl.int64)
     q += start * stride_qt + h * stride_qh
@@ -311,17 +299,11 @@ def varlen_attention_bwd_dkv_kernel(
     HAS_RIGHT: tl.constexpr, TOP_LEFT: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    h = program % HEADS
-    slot = program // HEADS
-    b, key, start_k, length_k = locate(slot // (TILE // BN), tiles, cu_k, batch, total_k, steps, TILE)
-    key += slot % (TILE // BN) * BN
+    h, key, start_k, length_k, start, length_q = owned_tile(
+        cu_k, cu_q, tiles, batch, total_k, total_q, steps, HEADS, SELF, TILE, BN
+    )
     if key >= length_k:
         return
-    if SELF:
-        start, length_q = start_k, tl.where(b == batch, 0, length_k)
-    else:
-        start, length_q = other_side(b, cu_q, batch, total_q)
     shift = 0 if TOP_LEFT else length_k - length_q
     start, start_k = tl.cast(start, tl.int64), tl.cast(start_k, tl.int64)
     offs_n, offs_d, offs_dv = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)

@@ -16,7 +16,7 @@ AarenScores describe(const Tensor& query, const Tensor& keys, double scale) {
   FA_CHECK(keys.dim() == 4 && query.dim() == 3, kOp, "query and keys must have shapes (B or 1, H, K) and (B, T, H, K)",
            shape_text(query.sizes()) + " and " + shape_text(keys.sizes()));
   AarenScores op{};
-  op.storage = scan_storage(kOp, "keys", keys), op.scale = scale;
+  op.storage = storage_of(kOp, "keys", keys), op.scale = scale;
   op.tokens = keys.size(1), op.heads = keys.size(2), op.width = keys.size(3);
   check_scan_tensor(kOp, "keys", keys, keys.scalar_type(), {keys.size(0), op.tokens, op.heads, op.width}, true);
   const int64_t queries = query.size(0) == 1 ? 1 : keys.size(0);

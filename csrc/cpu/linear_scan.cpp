@@ -26,8 +26,8 @@ struct Call {
     FA_CHECK(x.dim() == 4 && gates.dim() == 4, kOp, "gates and tokens must have shape (B, T, H, D)",
              shape_text(gates.sizes()) + " and " + shape_text(x.sizes()));
     batch = x.size(0), tokens = x.size(1), heads = x.size(2), width = x.size(3);
-    op.storage = scan_storage(kOp, "tokens", x), compute = compute_dtype(x);
-    op.gates_storage = scan_storage(kOp, "gates", gates), op.log_gate = log_gate;
+    op.storage = storage_of(kOp, "tokens", x), compute = compute_dtype(x);
+    op.gates_storage = storage_of(kOp, "gates", gates), op.log_gate = log_gate;
     constant = gates.size(0) == 1 && gates.size(1) == 1 && batch * tokens != 1;
     op.gate_width = gates.size(3) == 1 ? 1 : width;
     check_scan_tensor(kOp, "tokens", x, x.scalar_type(), {batch, tokens, heads, width}, true);

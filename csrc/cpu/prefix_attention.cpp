@@ -22,8 +22,8 @@ struct Call {
   Call(const Tensor& scores, const Tensor& values, const MaybeTensor& mask) {
     FA_CHECK(values.dim() == 4, kOp, "values must have shape (B, T, H, D)", shape_text(values.sizes()));
     batch = values.size(0), tokens = values.size(1), heads = values.size(2), op.width = values.size(3);
-    op.storage = scan_storage(kOp, "values", values), compute = compute_dtype(values);
-    op.scores_storage = scan_storage(kOp, "scores", scores);
+    op.storage = storage_of(kOp, "values", values), compute = compute_dtype(values);
+    op.scores_storage = storage_of(kOp, "scores", scores);
     check_scan_tensor(kOp, "values", values, values.scalar_type(), {batch, tokens, heads, op.width}, true);
     const ScalarType dtype = op.scores_storage == op.storage ? values.scalar_type() : compute;
     check_scan_tensor(kOp, "scores", scores, dtype, {batch, tokens, heads}, false);

@@ -20,22 +20,6 @@ namespace flowattn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Storage scan_storage(const char* op, const char* name, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Storage::kFloat;
-    case ScalarType::Double:
-      return Storage::kDouble;
-    case ScalarType::Half:
-      return Storage::kHalf;
-    case ScalarType::BFloat16:
-      return Storage::kBFloat16;
-    default:
-      FA_CHECK(false, op, std::string(name) + " must be float16, bfloat16, float32 or float64",
-               toString(x.scalar_type()));
-  }
-}
-
 inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
