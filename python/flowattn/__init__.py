@@ -2,6 +2,7 @@
 
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
+from flowattn.ops.attention_scores import RelativeBias
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
 from flowattn.ops.prefix_attention import (
@@ -18,6 +19,7 @@ __all__ = [
     "FallbackWarning",
     "PackPlan",
     "PrefixState",
+    "RelativeBias",
     "TokenBudgetBatchSampler",
     "aaren_attention",
     "explain",

@@ -9,6 +9,12 @@ import importlib
 
 import torch
 
+# What attention does to its scores. bias (1 or B, 1 or H, S, S); rel_table (buckets, H); rng (2,) holds seed and offset.
+_SCORES = (
+    "float softcap, Tensor? alibi_slopes, Tensor? bias, Tensor? rel_table, Tensor? rel_lut, float dropout_p,"
+    " Tensor? rng"
+)
+
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
@@ -27,12 +33,13 @@ SCHEMAS = {
     " Tensor values, Tensor? mask, Tensor? reset, Tensor? cu_seqlens, Tensor? m0, Tensor out, Tensor m, Tensor u,"
     " Tensor u_final, bool reverse) -> (Tensor dscores, Tensor dvalues, Tensor du0, Tensor dw0)",
     "varlen_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles,"
-    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt window_left, SymInt window_right, bool top_left)"
-    " -> (Tensor out, Tensor lse)",
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt window_left, SymInt window_right, bool top_left,"
+    f" {_SCORES}) -> (Tensor out, Tensor lse)",
     "varlen_attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale,"
-    " SymInt window_left, SymInt window_right, bool top_left, bool deterministic)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    " SymInt window_left, SymInt window_right, bool top_left,"
+    f" {_SCORES}, bool deterministic, bool want_dbias)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
 }
 TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
 
