@@ -411,8 +411,9 @@ def varlen_attention_fwd(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, 
 
 
 def varlen_attention_bwd(
-    dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, *scores
-):
+    dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, deterministic,
+    *scores,
+):  # fmt: skip
     """Every gradient element has one owner, so the result is bitwise repeatable with or without `deterministic`."""
     (total_q, heads, _), (total_k, heads_kv, _), batch = q.shape, k.shape, cu_q.shape[0] - 1
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

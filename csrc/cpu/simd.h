@@ -74,7 +74,7 @@ inline float half_to_float(uint16_t h) {
     value = float(magnitude) * 0x1p-24f;  // subnormal
   } else {
     uint32_t bits = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);
-    __builtin_memcpy(&value, &bits, 4);
+    value = __builtin_bit_cast(float, bits);
   }
   return sign ? -value : value;
 }

@@ -256,8 +256,8 @@ void sum_parts(const Tensor& parts, const Tensor& out) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(
     Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q,
     Tensor cu_k, std::optional<Tensor>, int64_t, int64_t, double scale, int64_t left, int64_t right, bool top_left,
-    double softcap, std::optional<Tensor> slopes, std::optional<Tensor> bias, std::optional<Tensor> table,
-    std::optional<Tensor> lut, double dropout_p, std::optional<Tensor> rng, bool, bool want_dbias) {
+    bool, double softcap, std::optional<Tensor> slopes, std::optional<Tensor> bias, std::optional<Tensor> table,
+    std::optional<Tensor> lut, double dropout_p, std::optional<Tensor> rng, bool want_dbias) {
   ScoreTensors scores{softcap, slopes, bias, table, lut, dropout_p, rng};
   VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left, scores);
   const ScalarType wide = op.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;

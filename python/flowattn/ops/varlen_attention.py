@@ -8,6 +8,7 @@ from flowattn.ops import attention_scores
 from flowattn.reference.varlen_attention import varlen_attention as reference
 
 _OP = "varlen_attention"
+_PLAIN = 6  # options of the private ops before the score options: max_seqlen_q .. top_left
 _fwd, _bwd = op("varlen_attention_fwd"), op("varlen_attention_bwd")
 _fwd_triton, _bwd_triton = op("varlen_attention_fwd_triton"), op("varlen_attention_bwd_triton")
 
@@ -75,16 +76,18 @@ def varlen_attention(
         dropout_p=dropout_p, plan=plan,
     )  # fmt: skip
     backend = _TABLE.choose(*call, scores)
-    rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p else None
+    if scores:
+        rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p else None
+        scores = (*scores, rng)
     if backend.name == "reference":
-        out, lse = _reference(*call, *scores, rng)
+        out, lse = _reference(*call, *scores)
     elif checks.needs_grad(*call[:3], *scores[2:4]):
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         q, k, v, cu_q, cu_k, *options = call
         cu_k = None if cu_k is cu_q else cu_k  # Dynamo refuses an autograd.Function that is given one tensor twice
-        out, lse = _VarlenAttention.apply(backend, deterministic, q, k, v, cu_q, cu_k, *options, *scores, rng)
+        out, lse = _VarlenAttention.apply(backend, deterministic, q, k, v, cu_q, cu_k, *options, *scores)
     else:
-        out, lse = backend.fwd(*call, *scores, rng)
+        out, lse = backend.fwd(*call, *scores)
     if batched:
         out, lse = out.unsqueeze(0), lse.unsqueeze(0)
     return (out, lse) if return_lse else out
@@ -92,37 +95,33 @@ def varlen_attention(
 
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, backend, deterministic, q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, softcap,
-        slopes, bias, table, lut, dropout_p, rng,
-    ):  # fmt: skip
-        options = (max_q, max_k, scale, left, right, top_left)
-        out, lse = backend.fwd(
-            q, k, v, cu_q, cu_q if cu_k is None else cu_k, tiles, *options, softcap, slopes, bias, table, lut,
-            dropout_p, rng,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, tiles, slopes, bias, table, lut, rng)
-        ctx.bwd, ctx.deterministic, ctx.options, ctx.softcap, ctx.dropout_p = (
-            backend.bwd, deterministic, options, softcap, dropout_p,
-        )  # fmt: skip
+    def forward(ctx, backend, deterministic, q, k, v, cu_q, cu_k, tiles, *options):
+        ctx.bwd, ctx.options, scores = backend.bwd, (*options[:_PLAIN], deterministic), options[_PLAIN:]
+        out, lse = backend.fwd(q, k, v, cu_q, cu_q if cu_k is None else cu_k, tiles, *options)
+        saved = (q, k, v, out, lse, cu_q, cu_k, tiles)
+        if scores:
+            ctx.softcap, slopes, bias, table, lut, ctx.dropout_p, rng = scores
+            saved = (*saved, slopes, bias, table, lut, rng)
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, cu_q, cu_k, tiles, slopes, bias, table, lut, rng = ctx.saved_tensors
+        q, k, v, out, lse, cu_q, cu_k, tiles, *scores = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        cu_k = cu_q if cu_k is None else cu_k
-        want_dense, want_table = ctx.needs_input_grad[16:18]
-        dq, dk, dv, dbias, dtable = ctx.bwd(
-            dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, *ctx.options, ctx.softcap, slopes, bias, table, lut,
-            ctx.dropout_p, rng, ctx.deterministic, want_dense or want_table,
-        )  # fmt: skip
-        dbias = dbias.to(bias.dtype) if want_dense else None
-        dtable = dtable.to(table.dtype) if want_table else None
-        return (None, None, dq, dk, dv, *[None] * 11, dbias, dtable, None, None, None)
+        call = (dout, dlse, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, tiles, *ctx.options)
+        if not scores:
+            dq, dk, dv, _, _ = ctx.bwd(*call)
+            return (None, None, dq, dk, dv, *[None] * (_PLAIN + 3))
+        slopes, bias, table, lut, rng = scores
+        want = ctx.needs_input_grad[-5:-3]  # bias and table
+        scores = (ctx.softcap, slopes, bias, table, lut, ctx.dropout_p, rng)
+        dq, dk, dv, *learned = ctx.bwd(*call, *scores, any(want))
+        dbias, dtable = (dx.to(x.dtype) if wanted else None for dx, x, wanted in zip(learned, (bias, table), want))
+        return (None, None, dq, dk, dv, *[None] * (_PLAIN + 5), dbias, dtable, None, None, None)
 
 
 def _prepare(
@@ -130,7 +129,7 @@ def _prepare(
     window=(-1, -1), softcap=0.0, alibi_slopes=None, bias=None, dropout_p=0.0, deterministic=False, return_lse=False,
     plan=None,
 ):  # fmt: skip
-    """Check the public arguments; return those of the private op up to top_left, then its score options as a tuple."""
+    """Check the public arguments; return those of the private op up to top_left, then a tuple of its score options."""
     q, k, v = _check_tensors(q, k, v)
     (total_q, _, width), total_k = q.shape, k.shape[0]
     cu_q_given, cu_q = cu_q, checks.cu_seqlens(_OP, "cu_seqlens_q", cu_q, total_q, q.device)
@@ -147,7 +146,7 @@ def _prepare(
     left, right = window
     if left < -1 or right < -1:
         checks.fail(_OP, "window must hold -1 (unbounded) or widths >= 0", window)
-    scores = attention_scores.NO_SCORES
+    scores = ()  # nothing: the defaults of the private ops
     if softcap or dropout_p or alibi_slopes is not None or bias is not None:
         scores = attention_scores.prepare(_OP, q, cu_q.shape[0] - 1, softcap, alibi_slopes, bias, dropout_p)
     tiles = None
@@ -190,8 +189,8 @@ def _check_tensors(q, k, v):
 
 
 def _reference(
-    q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, softcap, slopes, bias, table, lut,
-    dropout_p, rng,
+    q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, softcap=0.0, slopes=None, bias=None,
+    table=None, lut=None, dropout_p=0.0, rng=None,
 ):  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):  # its products stay in float32
         return reference(
@@ -200,10 +199,8 @@ def _reference(
         )  # fmt: skip
 
 
-def _refuse_scores(softcap, slopes, bias, table, lut, dropout_p):
-    if softcap or dropout_p or not (slopes is None and bias is None and table is None):
-        return "has no softcap, alibi_slopes, bias or dropout"
-    return None
+def _refuse_scores(scores):
+    return "has no softcap, alibi_slopes, bias or dropout" if scores else None
 
 
 def _refuse_cpu(q, *rest):
@@ -211,7 +208,7 @@ def _refuse_cpu(q, *rest):
 
 
 def _refuse_cuda(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, scores):
-    reason = _native.refuse_cuda(q) or _refuse_scores(*scores)
+    reason = _native.refuse_cuda(q) or _refuse_scores(scores)
     if reason is None and _native.capability(q.device) != (9, 0):
         reason = "needs a Hopper GPU (compute capability 9.0)"
     if reason is None and q.dtype not in (torch.float16, torch.bfloat16):
@@ -231,7 +228,7 @@ def _fits_chunks(x):
 
 
 def _refuse_triton(q, k, v, *rest):
-    reason = dispatch.refuse_triton(q) or _refuse_scores(*rest[-1])
+    reason = dispatch.refuse_triton(q) or _refuse_scores(rest[-1])
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
         reason = f"head width must be at most 256; got {max(q.shape[2], v.shape[2])}"
     if reason is None and q.dtype == torch.float64:
@@ -262,7 +259,9 @@ def _fwd_fake(q, k, v, *rest):
 
 
 @fake("varlen_attention_bwd")
-def _bwd_fake(dout, dlse, q, k, v, out, lse, *rest):
-    bias, table, want_dbias = rest[11], rest[12], rest[-1]
+def _bwd_fake(
+    dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, deterministic,
+    softcap=0.0, slopes=None, bias=None, table=None, lut=None, dropout_p=0.0, rng=None, want_dbias=False,
+):  # fmt: skip
     learned = (q.new_empty(0 if x is None or not want_dbias else x.shape, dtype=lse.dtype) for x in (bias, table))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *learned
