@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -250,6 +253,32 @@ def test_no_sequences_and_rows_beyond(backend):
         out = fa.varlen_attention(q, q, q, offsets([], "cpu"), bias=given)
         (grad,) = torch.autograd.grad(out.sum(), learned)
         assert grad.shape == learned.shape and not grad.any()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(native, isa):
+    """The copies of the kernels that this machine would not choose are right too, and drop the same probabilities."""
+    program = """
+import itertools, torch, test_varlen_attention_scores as t
+case = t.Case("", *t.LENGTHS, heads=4, heads_kv=2, d=16)
+for dtype, kind in itertools.product((t.F32, t.F16, t.BF16, t.F64), ("dense-b", "relative")):
+    x, options = t.make(case, dtype, "cpu"), t.make_options(case, kind, dtype) | t.MASK
+    with t.fa.use_backend("cpu"):
+        got = t.run(x, **options)
+    t.check_all(got, t.exact(x, **options), t.run(x, t.plain_torch, **options), dtype)
+    outs = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(1)
+        with t.fa.use_backend(backend):
+            outs.append(t.fa.varlen_attention(*(y.double() for y in x[:3]), x.cu_q, x.cu_k, dropout_p=0.3))
+    torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
+"""
+    environment = os.environ | {
+        "FLOWATTN_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)]),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- torch integration and errors
