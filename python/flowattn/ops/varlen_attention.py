@@ -47,9 +47,9 @@ def varlen_attention(
         s = Lk - Lq (causal_align="bottom_right") or 0 ("top_left").
     softcap > 0: scores become softcap * tanh(score / softcap), before any bias is added.
     alibi_slopes: float32 (H,) or (B, H): adds -slope * |i + s - j|. No gradient.
-    bias: added to the scores, in the dtype of q or float32, with gradient. Dense (H, S, S) or (B, H, S, S), where S
-        covers the longest sequence, or a RelativeBias. Any strides; a dim B or H of size 1 is broadcast, and its
-        gradient is summed without being expanded first. On a GPU S is not checked and is never read out of bounds.
+    bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, or dense (H, S, S) or
+        (B, H, S, S), any strides, S at least the longest sequence. B or H of size 1 is broadcast and its gradient
+        summed in place; that of a tensor expanded beforehand has the expanded size.
     dropout_p: drops probabilities and divides the others by 1 - dropout_p; the LSE is that without dropout. Two int64
         numbers from the device's default generator decide, together with the sequence's place in the batch, the head
         and i and j (docs/design.md): not the lengths of other sequences, the plan, the backend or the direction.
@@ -61,7 +61,8 @@ def varlen_attention(
     A query that sees no key gives 0 and LSE -inf, with zero gradients. Empty sequences and B = 0 are legal.
     On the CPU a bad cu_seqlens raises ValueError; on a GPU it is never read out of bounds, the result is unspecified.
     Gradients: q, k, v, bias. No host sync except in the reference.
-    Cost: 2 H (D + Dv) FLOPs a visible pair forward, 2.5 times that backward; memory O(T).
+    Cost: 2 H (D + Dv) FLOPs a visible pair forward, 2.5 times that backward; memory O(T), and for the gradient of
+        a dense bias its size in float32.
     Source: FlashAttention-2 (Dao 2023), Algorithms 1 and 2; ByteTransformer (Zhai et al. 2023) for the packed layout.
 
     >>> q = torch.randn(5, 2, 8)
