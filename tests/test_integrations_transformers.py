@@ -7,6 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from test_models_bert import philox_dropout  # noqa: E402
 from transformers import masking_utils  # noqa: E402
 
 from flowattn.integrations import transformers as integration  # noqa: E402
@@ -250,7 +251,6 @@ def test_mask_builder_returns_the_mask_without_looking_at_it():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dropout": 0.1}, "attention dropout is not supported; got 0.1"),
         ({"output_attentions": True}, "output_attentions is not supported"),
         ({"position_bias": torch.zeros(1)}, "position_bias is not supported"),
         ({"s_aux": torch.zeros(1)}, "s_aux is not supported"),
@@ -264,13 +264,30 @@ def test_unsupported_options(options, message):
         integration.attention_forward(torch.nn.Module(), q, q, q, **{"attention_mask": None, **options})
 
 
+@pytest.mark.parametrize("name", ("bert", "distilbert"))
+def test_attention_dropout_in_training(name, monkeypatch):
+    """The model's training flag and rate reach the op: eager attention under the mask that it draws gives the same."""
+    model, twin = pair(name)
+    twin.set_attn_implementation("eager")
+    monkeypatch.setattr(torch.nn.functional, "dropout", philox_dropout)
+    (ids, mask), results = batch("right"), []
+    for each in (model.train(), twin.train()):
+        for path, module in each.named_modules():
+            if isinstance(module, torch.nn.Dropout) and not path.endswith(
+                ("attention.self.dropout", "attention.dropout")
+            ):
+                module.p = 0.0
+        torch.manual_seed(3)
+        results.append(each(ids, attention_mask=mask).last_hidden_state[mask != 0])
+    torch.testing.assert_close(*results, atol=TOLERANCE, rtol=0)
+    assert (model.eval()(ids, attention_mask=mask).last_hidden_state[mask != 0] - results[0]).abs().max() > 0.01
+
+
 def test_unsupported_in_models():
     model, _ = pair("bert")
     ids, mask = batch("right")
-    with pytest.raises(NotImplementedError, match="dropout is not supported; got 0.1 .call eval"):
-        model.train()(ids, attention_mask=mask)
     with pytest.raises(NotImplementedError, match="output_attentions"):
-        model.eval()(ids, attention_mask=mask, output_attentions=True)
+        model(ids, attention_mask=mask, output_attentions=True)
     chunked = masking_utils.chunked_causal_mask_function(2, torch.zeros(1, dtype=torch.long))
     with pytest.raises(NotImplementedError, match="got chunked_overlay"):
         integration.attention_mask(1, 4, 4, mask_function=chunked)

@@ -8,6 +8,7 @@ import torch
 import flowattn as fa
 from flowattn.models import bert
 from flowattn.models.bert import FusedProjection, PaddingFreeEncoder
+from flowattn.reference.dropout import keep_mask
 
 transformers = pytest.importorskip("transformers")
 
@@ -231,10 +232,39 @@ def test_projection_follows_its_layers():
     check()
 
 
-def test_attention_dropout_in_training_is_refused():
-    model = build("bert").train()
-    with pytest.raises(NotImplementedError, match="dropout"):
-        PaddingFreeEncoder.from_hf(model)(*inputs(MASKS["right"])[:2])
+def philox_dropout(probabilities, p=0.5, training=True, inplace=False):
+    """torch.nn.functional.dropout for (B, H, L, L) probabilities, with the mask that varlen_attention would draw."""
+    if p == 0 or not training:
+        return probabilities
+    rng, (batch, heads, lq, lk) = torch.randint(2**63 - 1, (2,)), probabilities.shape
+    keep = torch.stack([keep_mask(rng, p, b, heads, lq, lk) for b in range(batch)])
+    return probabilities * keep / (1 - p)
+
+
+@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert"))
+def test_attention_dropout_in_training(name, monkeypatch):
+    """Outputs and gradients are those of transformers' eager attention under the same dropout mask."""
+    config = CONFIGS[name]()
+    for option in ("hidden_dropout_prob", "dropout"):
+        if hasattr(config, option):
+            setattr(config, option, 0.0)
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").train()
+    assert any(module.p > 0 for module in model.modules() if isinstance(module, torch.nn.Dropout)), "no dropout to test"
+    twin, results = copy.deepcopy(model), []
+    ids, mask, real = inputs(MASKS["right"])  # only padding on the right leaves every token its column
+    weights = torch.randn(3, 7, 32)
+    monkeypatch.setattr(torch.nn.functional, "dropout", philox_dropout)
+    for run in (PaddingFreeEncoder.from_hf(model), lambda ids, mask: twin(ids, attention_mask=mask)):
+        torch.manual_seed(3)
+        out = run(ids, mask).last_hidden_state
+        used = model if not results else twin
+        layers = getattr(used, "encoder", getattr(used, "transformer", None))
+        results.append((out, *torch.autograd.grad((out * weights)[real].sum(), list(layers.parameters()))))
+    same(results[0][0], results[1][0], real)
+    for ours, theirs in zip(*(result[1:] for result in results)):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert not torch.equal(PaddingFreeEncoder.from_hf(model.eval())(ids, mask).last_hidden_state, results[0][0])
 
 
 def test_wrapper_and_errors():

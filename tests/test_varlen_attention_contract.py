@@ -78,7 +78,8 @@ RULES = {
     "align": (ValueError, "causal_align must be bottom_right or top_left", (Q, Q, Q, CU), {"causal_align": "left"}),
     "window": (ValueError, "window must hold -1", (Q, Q, Q, CU), {"window": (-2, 0)}),
     "softcap": (ValueError, "softcap must be >= 0", (Q, Q, Q, CU), {"softcap": -1.0}),
-    "dropout": (NotImplementedError, "dropout is supported by no backend", (Q, Q, Q, CU), {"dropout_p": 0.1}),
+    "dropout": (ValueError, r"dropout_p must lie in \[0, 1\)", (Q, Q, Q, CU), {"dropout_p": 1.0}),
+    "dropout-negative": (ValueError, "dropout_p must lie", (Q, Q, Q, CU), {"dropout_p": -0.1}),
     "alibi": (ValueError, "alibi_slopes must have shape", (Q, Q, Q, CU), {"alibi_slopes": torch.ones(3)}),
     "bias": (ValueError, "bias must have shape", (Q, Q, Q, CU), {"bias": torch.ones(3, 4, 4)}),
 }  # fmt: skip

@@ -368,7 +368,8 @@ def _constants(q, k, v, cu_q, cu_k, left, right, top_left, scale):
     return (q.shape[1] // k.shape[1], width, width_v, block, block, itself, *masks, precision, TILE), itself
 
 
-def varlen_attention_fwd(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left):
+def varlen_attention_fwd(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, *scores):
+    """`scores` ask for nothing: dispatch keeps softcap, biases and dropout away from these kernels."""
     (total_q, heads, _), total_k, batch = q.shape, k.shape[0], cu_q.shape[0] - 1
     out = q.new_empty((total_q, heads, v.shape[2]))
     lse = q.new_empty((heads, total_q), dtype=torch.float32)
@@ -392,8 +393,9 @@ def varlen_attention_fwd(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, 
 
 
 def varlen_attention_bwd(
-    dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, deterministic
-):
+    dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, deterministic,
+    *scores,
+):  # fmt: skip
     """Every gradient element has one owner, so the result is bitwise repeatable with or without `deterministic`."""
     (total_q, heads, _), (total_k, heads_kv, _), batch = q.shape, k.shape, cu_q.shape[0] - 1
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -427,4 +429,5 @@ def varlen_attention_bwd(
             (heads_kv, *constants),
             config,
         )
-    return dq, dk, dv
+    nothing = (0,)  # the gradients of the biases, which these kernels do not take
+    return dq, dk, dv, lse.new_empty(nothing), lse.new_empty(nothing)

@@ -6,6 +6,7 @@
 
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 // One message form everywhere: "op: rule; got value".
 #define FA_CHECK(condition, op, rule, value) STD_TORCH_CHECK(condition, op, ": ", rule, "; got ", value)
@@ -19,3 +20,15 @@
       throw std::invalid_argument(text.str());         \
     }                                                  \
   } while (0)
+
+namespace flowattn {
+
+// "(2, 3)", as Python prints a shape.
+template <typename Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text = "(";
+  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + ")";
+}
+
+}  // namespace flowattn

@@ -24,13 +24,6 @@ inline ScalarType compute_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-template <typename Sizes>
-std::string shape_text(const Sizes& sizes) {
-  std::string text = "(";
-  for (int64_t size : sizes) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  return text + ")";
-}
-
 // Checks device, dtype, shape and, with `row`, that the last dim is contiguous.
 inline void check_scan_tensor(const char* op, const char* name, const Tensor& x, ScalarType dtype,
                               std::initializer_list<int64_t> shape, bool row) {

@@ -99,6 +99,11 @@ inline V load_bits(const S* p) {
   return v;
 }
 
+inline float scalar(float x) { return x; }
+inline double scalar(double x) { return x; }
+inline float scalar(Half x) { return half_to_float(x.bits); }
+inline float scalar(BFloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+
 inline Vec<float> load(const float* p) { return load_bits<Vec<float>>(p); }
 inline Vec<double> load(const double* p) { return load_bits<Vec<double>>(p); }
 
@@ -263,13 +268,15 @@ inline Vec<T> sum_of_rows(Vec<T> (&rows)[kLanes<T>]) {
   return sum;
 }
 
-// --- exp
+// --- exp, tanh, log
 
-// Within 1 ulp for float; below -87.34 it gives 0 instead of a subnormal, above 88.37 infinity.
-inline Vec<float> exp(Vec<float> x) {
+// exp(x) = 2^n (1 + m), with n the nearest integer to x / ln 2.
+struct ExpParts {
+  Vec<float> n, m;
+};
+
+inline ExpParts exp_parts(Vec<float> x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
-  constexpr float kLowest = -87.33654f, kHighest = 88.6f;
-  x = x > kHighest ? splat(kHighest) : x;  // then 2^n below is infinity
   Vec<float> n = (x * 0x1.715476p0f + kRound) - kRound;
   Vec<float> r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts, the first exact in products with n
   // Minimax fit of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of exp 3e-9.
@@ -277,9 +284,35 @@ inline Vec<float> exp(Vec<float> x) {
   p = p * r + 0.04166839624f;
   p = p * r + 0.166665196f;
   p = p * r + 0.499999934f;
-  p = (p * r + 1.0f) * r + 1.0f;
-  Vec<int32_t> power = (__builtin_convertvector(n, Vec<int32_t>) + 127) << 23;  // 2^n
-  return x < kLowest ? Vec<float>{} : p * (Vec<float>)power;
+  return {n, (p * r + 1.0f) * r};
+}
+
+inline Vec<float> power_of_two(Vec<float> n) {
+  return (Vec<float>)((__builtin_convertvector(n, Vec<int32_t>) + 127) << 23);
+}
+
+// Within 1 ulp for float; below -87.34 it gives 0 instead of a subnormal, above 88.37 infinity.
+inline Vec<float> exp(Vec<float> x) {
+  constexpr float kLowest = -87.33654f, kHighest = 88.6f;
+  x = x > kHighest ? splat(kHighest) : x;  // then 2^n below is infinity
+  const ExpParts parts = exp_parts(x);
+  return x < kLowest ? Vec<float>{} : (parts.m + 1.0f) * power_of_two(parts.n);
+}
+
+// (exp(2|x|) - 1) / (exp(2|x|) + 1) with the sign of x: small arguments keep their relative precision.
+inline Vec<float> tanh(Vec<float> x) {
+  constexpr float kOne = 20.0f;  // from 2|x| = 18.02 on the result rounds to 1
+  Vec<float> twice = 2 * (x < 0 ? -x : x);
+  twice = twice > kOne ? splat(kOne) : twice;
+  const ExpParts parts = exp_parts(twice);
+  const Vec<float> power = power_of_two(parts.n), less_one = parts.m * power + (power - 1.0f);
+  const Vec<float> t = less_one / (less_one + 2.0f);
+  return x < 0 ? -t : t;
+}
+
+inline Vec<double> tanh(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
 }
 
 inline Vec<double> exp(Vec<double> x) {

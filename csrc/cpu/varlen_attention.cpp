@@ -15,6 +15,7 @@
 
 #include "common/check.h"
 #include "cpu/parallel.h"
+#include "cpu/score_tensors.h"
 
 namespace flowattn {
 namespace {
@@ -24,12 +25,6 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "varlen_attention";
 
-std::string text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  std::string out = "(";
-  for (int64_t size : sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(size);
-  return out + ")";
-}
-
 void check_rows(const char* name, const Tensor& x, ScalarType dtype, int64_t rows, int64_t heads, int64_t width) {
   const auto rule = [&](const char* what) { return std::string(name) + " must have " + what; };
   FA_CHECK(x.is_cpu(), kOp, std::string(name) + " must be on the CPU", "another device");
@@ -37,20 +32,20 @@ void check_rows(const char* name, const Tensor& x, ScalarType dtype, int64_t row
   const bool fits = x.dim() == 3 && x.size(0) == rows && x.size(1) == heads && x.size(2) == width;
   const std::string shape =
       "shape (" + std::to_string(rows) + ", " + std::to_string(heads) + ", " + std::to_string(width) + ")";
-  FA_CHECK(fits, kOp, rule(shape.c_str()), text(x.sizes()));
+  FA_CHECK(fits, kOp, rule(shape.c_str()), shape_text(x.sizes()));
   FA_CHECK(width <= 1 || x.stride(2) == 1, kOp, rule("a contiguous last dim"), "stride " + std::to_string(x.stride(2)));
 }
 
 void check_row_values(const char* name, const Tensor& x, ScalarType dtype, int64_t heads, int64_t rows) {
   const bool fits = x.is_cpu() && x.scalar_type() == dtype && x.dim() == 2 && x.size(0) == heads && x.size(1) == rows;
   FA_CHECK(fits, kOp, std::string(name) + " must be a " + toString(dtype) + " CPU tensor of shape (H, Tq)",
-           text(x.sizes()));
+           shape_text(x.sizes()));
 }
 
 // The offsets as a contiguous tensor, checked so that no kernel reads outside the `total` rows.
 Tensor check_offsets(const char* name, const Tensor& cu, int64_t total) {
   const bool fits = cu.is_cpu() && cu.scalar_type() == ScalarType::Int && cu.dim() == 1 && cu.size(0) >= 1;
-  FA_CHECK(fits, kOp, std::string(name) + " must be an int32 CPU tensor of shape (B+1,)", text(cu.sizes()));
+  FA_CHECK(fits, kOp, std::string(name) + " must be an int32 CPU tensor of shape (B+1,)", shape_text(cu.sizes()));
   Tensor contiguous = torch::stable::contiguous(cu);
   const int32_t* values = contiguous.const_data_ptr<int32_t>();
   int64_t previous = 0;
@@ -68,13 +63,14 @@ Tensor check_offsets(const char* name, const Tensor& cu, int64_t total) {
 PackedRows packed_rows(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 RowValues row_values(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
-// Checks the arguments both directions share; `cu_q` and `cu_k` come back contiguous and must outlive the result.
+// Checks the arguments both directions share; `cu_q` and `cu_k` come back contiguous; they and `scores` must
+// outlive the result.
 VarlenAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, Tensor& cu_q, Tensor& cu_k, double scale,
-                         int64_t left, int64_t right, bool top_left) {
+                         int64_t left, int64_t right, bool top_left, ScoreTensors& scores) {
   VarlenAttention op{};
   op.storage = storage_of(kOp, "q", q);
   FA_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, kOp, "q, k and v must have shape (T, heads, width)",
-           text(q.sizes()) + ", " + text(k.sizes()) + " and " + text(v.sizes()));
+           shape_text(q.sizes()) + ", " + shape_text(k.sizes()) + " and " + shape_text(v.sizes()));
   op.heads = q.size(1), op.heads_kv = k.size(1), op.width = q.size(2), op.width_v = v.size(2);
   check_rows("q", q, q.scalar_type(), q.size(0), op.heads, op.width);
   check_rows("k", k, q.scalar_type(), k.size(0), op.heads_kv, op.width);
@@ -90,19 +86,26 @@ VarlenAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, Tens
   constexpr int64_t kWide = int64_t(1) << 40;  // wider than any sequence, and i + kWide does not overflow
   op.left = left < 0 ? -1 : std::min(left, kWide), op.right = right < 0 ? -1 : std::min(right, kWide);
   op.q = packed_rows(q), op.k = packed_rows(k), op.v = packed_rows(v);
+  op.scores = scores.describe(kOp, op, cu_q.size(0) - 1);
   return op;
 }
+
+int64_t tiles_of(int64_t rows, int64_t tile) { return (rows + tile - 1) / tile; }
 
 // The sequences with the most work first, so that the threads finish together.
 class Sequences {
  public:
-  Sequences(const VarlenAttention& op, const Tensor& cu_q) : op_(op), order_(cu_q.size(0) - 1) {
+  Sequences(const VarlenAttention& op, const Tensor& cu_q)
+      : op_(op), order_(cu_q.size(0) - 1), first_tile_(cu_q.size(0), 0) {
     std::iota(order_.begin(), order_.end(), 0);
+    for (int64_t b = 0; b < count(); ++b) first_tile_[b + 1] = first_tile_[b] + tiles_of(queries(b), kQueryTile);
     std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return pairs(a) > pairs(b); });
     for (int64_t b : order_) all_pairs += pairs(b);
     most_pairs = order_.empty() ? 0 : pairs(order_[0]);
   }
 
+  int64_t count() const { return order_.size(); }
+  int64_t query_tiles() const { return first_tile_.back(); }
   int64_t queries(int64_t b) const { return op_.cu_q[b + 1] - op_.cu_q[b]; }
   int64_t keys(int64_t b) const { return op_.cu_k[b + 1] - op_.cu_k[b]; }
   double pairs(int64_t b) const { return double(queries(b)) * keys(b); }
@@ -116,8 +119,30 @@ class Sequences {
       // Last rows first: with a causal mask they see the most keys.
       for (int64_t row = lq == 0 ? 0 : (lq - 1) / q_step * q_step; row >= 0; row -= q_step) {
         for (int64_t key = 0; key == 0 || key < lk; key += k_step) {
-          tasks.push_back({b, row, std::min(row + q_step, lq), key, std::min(key + k_step, lk)});
+          tasks.push_back({b, row, std::min(row + q_step, lq), key, std::min(key + k_step, lk), first_tile_[b]});
         }
+      }
+    }
+    return tasks;
+  }
+
+  // The tasks of `rows` query rows and all keys, in groups of the same rows of all sequences, or of one sequence each;
+  // group g holds tasks begins[g]..begins[g + 1].
+  std::vector<VarlenTask> row_groups(bool across_sequences, int64_t rows, std::vector<int64_t>& begins) const {
+    std::vector<VarlenTask> tasks;
+    begins.assign(1, 0);
+    int64_t longest = 0;
+    for (int64_t b = 0; b < count(); ++b) longest = std::max(longest, queries(b));
+    const auto add = [&](int64_t b, int64_t row) {
+      if (row < queries(b)) tasks.push_back({b, row, std::min(row + rows, queries(b)), 0, keys(b), first_tile_[b]});
+    };
+    if (across_sequences) {
+      for (int64_t row = 0; row < longest; row += rows, begins.push_back(tasks.size())) {
+        for (int64_t b = 0; b < count(); ++b) add(b, row);
+      }
+    } else {
+      for (int64_t b : order_) {
+        for (int64_t row = 0; row < queries(b); row += rows, begins.push_back(tasks.size())) add(b, row);
       }
     }
     return tasks;
@@ -127,7 +152,7 @@ class Sequences {
 
  private:
   const VarlenAttention& op_;
-  std::vector<int64_t> order_;
+  std::vector<int64_t> order_, first_tile_;
 };
 
 constexpr int64_t kWhole = int64_t(1) << 40;  // as a task's step: the whole sequence
@@ -150,15 +175,21 @@ void clear_rest_of_lse(const Tensor& lse, int64_t first) {
 
 void set_tile_sizes(VarlenAttention& op, const std::vector<VarlenTask>& tasks) {
   for (const VarlenTask& task : tasks) {
-    op.max_rows = std::max(op.max_rows, std::min(task.q_end - task.q_begin, kQueryTile));
-    op.max_keys = std::max(op.max_keys, std::min(task.k_end - task.k_begin, kKeyTile));
+    const int64_t rows = std::min(task.q_end - task.q_begin, kQueryTile), keys = task.k_end - task.k_begin;
+    op.max_rows = std::max(op.max_rows, rows);
+    op.max_keys = std::max(op.max_keys, std::min(keys, kKeyTile));
+    op.max_span = std::max(op.max_span, rows + keys);
   }
 }
 
 std::tuple<Tensor, Tensor> varlen_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,
                                                     std::optional<Tensor>, int64_t, int64_t, double scale, int64_t left,
-                                                    int64_t right, bool top_left) {
-  VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left);
+                                                    int64_t right, bool top_left, double softcap,
+                                                    std::optional<Tensor> slopes, std::optional<Tensor> bias,
+                                                    std::optional<Tensor> table, std::optional<Tensor> lut,
+                                                    double dropout_p, std::optional<Tensor> rng) {
+  ScoreTensors scores{softcap, slopes, bias, table, lut, dropout_p, rng};
+  VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left, scores);
   Tensor out = torch::stable::new_empty(q, {q.size(0), op.heads, op.width_v});
   const bool wide = op.storage == Storage::kDouble;
   Tensor lse = torch::stable::new_empty(q, {op.heads, q.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
@@ -179,11 +210,12 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd_cpu(Tensor q, Tensor k, Tensor v
 
 void run_backward(VarlenAttention op, const Sequences& sequences, int64_t q_step, int64_t k_step, bool dq, bool dkv) {
   op.want_dq = dq, op.want_dkv = dkv;
+  if (!dq) op.dbias = op.dtable = nullptr;
   const std::vector<VarlenTask> tasks = sequences.tasks(q_step, k_step);
   set_tile_sizes(op, tasks);
   op.key_slots = 1;
   for (const VarlenTask& task : tasks) {
-    if (dkv) op.key_slots = std::max(op.key_slots, (task.k_end - task.k_begin + kKeyTile - 1) / kKeyTile);
+    if (dkv) op.key_slots = std::max(op.key_slots, tiles_of(task.k_end - task.k_begin, kKeyTile));
   }
   parallel_items(tasks.size() * op.heads_kv, 2.5 * sequences.all_pairs * op.heads * (op.width + op.width_v),
                  FA_ISA_CALL(varlen_attention_bwd_scratch, op), [&](int64_t begin, int64_t end, void* scratch) {
@@ -191,11 +223,49 @@ void run_backward(VarlenAttention op, const Sequences& sequences, int64_t q_step
                  });
 }
 
-std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k,
-                                                            Tensor v, Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k,
-                                                            std::optional<Tensor>, int64_t, int64_t, double scale,
-                                                            int64_t left, int64_t right, bool top_left, bool) {
-  VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left);
+// The gradient of a bias that sequences or heads share takes a pass of its own, in which one thread owns a row tile of
+// the bias and sums over all who share it, in order.
+void run_shared_bias(VarlenAttention op, const Sequences& sequences, const Tensor& bias) {
+  constexpr int64_t kRows = 64;  // fewer than kQueryTile: short sequences and few heads must still occupy all threads
+  std::vector<int64_t> begins;
+  const std::vector<VarlenTask> tasks = sequences.row_groups(bias.size(0) == 1, kRows, begins);
+  set_tile_sizes(op, tasks);
+  op.key_slots = 1, op.want_dq = op.want_dkv = false, op.dtable = nullptr;
+  const SharedBias shared = {tasks.data(), begins.data(), bias.size(1)};
+  parallel_items((begins.size() - 1) * shared.bias_heads, sequences.all_pairs * op.heads * (op.width + op.width_v),
+                 FA_ISA_CALL(varlen_attention_bwd_scratch, op), [&](int64_t begin, int64_t end, void* scratch) {
+                   FA_ISA_CALL(varlen_attention_bwd_shared_bias, op, shared, begin, end, scratch);
+                 });
+}
+
+// The sum over the first dim of parts (N, heads, buckets), in order, as (buckets, heads).
+template <typename T>
+void sum_parts(const Tensor& parts, const Tensor& out) {
+  const int64_t heads = parts.size(1), buckets = parts.size(2);
+  const T* values = parts.const_data_ptr<T>();
+  std::vector<double> sums(heads * buckets, 0.0);
+  for (int64_t part = 0; part < parts.size(0); ++part, values += sums.size()) {
+    for (size_t i = 0; i < sums.size(); ++i) sums[i] += values[i];
+  }
+  T* result = out.mutable_data_ptr<T>();
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t r = 0; r < buckets; ++r) result[r * heads + h] = T(sums[h * buckets + r]);
+  }
+}
+
+// An empty tensor made without the dispatcher, which would cost every plain backward pass 1 us for each.
+Tensor nothing(ScalarType dtype) {
+  static char memory;
+  return torch::stable::from_blob(&memory, {0}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(
+    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q,
+    Tensor cu_k, std::optional<Tensor>, int64_t, int64_t, double scale, int64_t left, int64_t right, bool top_left,
+    bool, double softcap, std::optional<Tensor> slopes, std::optional<Tensor> bias, std::optional<Tensor> table,
+    std::optional<Tensor> lut, double dropout_p, std::optional<Tensor> rng, bool want_dbias) {
+  ScoreTensors scores{softcap, slopes, bias, table, lut, dropout_p, rng};
+  VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left, scores);
   const ScalarType wide = op.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
   check_rows("out", out, q.scalar_type(), q.size(0), op.heads, op.width_v);
   check_rows("dout", dout, q.scalar_type(), q.size(0), op.heads, op.width_v);
@@ -208,8 +278,22 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(Tensor dout, std::op
   op.dq = packed_rows(dq), op.dk = packed_rows(dk), op.dv = packed_rows(dv);
   if (dlse) op.dlse = row_values(*dlse);
 
-  // One pass takes 5 matrix products a tile but cannot share a head of a sequence between threads; two passes take 7.
   const Sequences sequences(op, cu_q);
+  const bool want_dense = want_dbias && bias, want_table = want_dbias && table;
+  Tensor dbias = want_dense ? torch::stable::new_zeros(q, bias->sizes(), wide) : nothing(wide);
+  const bool shared = want_dense && (bias->size(0) < sequences.count() || bias->size(1) < op.heads);
+  if (want_dense) {
+    op.dbias_batch = bias->size(0) == 1 ? 0 : dbias.stride(0), op.dbias_head = bias->size(1) == 1 ? 0 : dbias.stride(1);
+    op.dbias_row = dbias.stride(2);
+  }
+  if (want_dense && !shared) op.dbias = dbias.mutable_data_ptr();
+  std::optional<Tensor> parts;
+  if (want_table) {
+    parts = torch::stable::new_empty(q, {sequences.query_tiles(), op.heads, op.scores.buckets}, wide);
+    op.dtable = parts->mutable_data_ptr();
+  }
+
+  // One pass takes 5 matrix products a tile but cannot share a head of a sequence between threads; two passes take 7.
   const double share = sequences.all_pairs * op.heads_kv / torch::stable::get_num_threads();
   if (sequences.most_pairs <= 1.4 * share) {
     run_backward(op, sequences, kWhole, kWhole, true, true);
@@ -217,10 +301,19 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(Tensor dout, std::op
     run_backward(op, sequences, kQueryTile, kWhole, true, false);
     run_backward(op, sequences, kWhole, kKeyTile, false, true);
   }
+  if (shared) {
+    op.dbias = dbias.mutable_data_ptr();
+    run_shared_bias(op, sequences, *bias);
+  }
+  Tensor dtable = nothing(wide);
+  if (want_table) {
+    dtable = torch::stable::new_empty(q, {op.scores.buckets, op.heads}, wide);
+    wide == ScalarType::Double ? sum_parts<double>(*parts, dtable) : sum_parts<float>(*parts, dtable);
+  }
   clear_rest(dq, op.cu_q[cu_q.size(0) - 1]);
   clear_rest(dk, op.cu_k[cu_k.size(0) - 1]);
   clear_rest(dv, op.cu_k[cu_k.size(0) - 1]);
-  return {dq, dk, dv};
+  return {dq, dk, dv, dbias, dtable};
 }
 
 }  // namespace

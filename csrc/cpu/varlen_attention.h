@@ -28,6 +28,30 @@ struct RowValues {
 struct VarlenTask {
   int64_t sequence;
   int64_t q_begin, q_end, k_begin, k_end;
+  int64_t first_tile;  // number of the sequence's first query tile among those of all sequences
+};
+
+// (1 or B, 1 or H, rows, keys) with any strides, in elements; a dim of size 1 is broadcast and has stride 0.
+struct DenseBias {
+  Storage storage;
+  const void* data;  // nullptr: absent
+  int64_t batch, head, row, key;
+};
+
+// What happens to a score between scale * q . k and the softmax, and to a probability after it.
+struct ScoreOptions {
+  double softcap;       // 0: none
+  const float* slopes;  // ALiBi; nullptr: none
+  int64_t slope_batch, slope_head;
+  DenseBias bias;
+  const void* table;  // (buckets, heads) in the compute type; nullptr: none
+  int64_t table_row, table_head, buckets;
+  const int32_t* lut;  // (2 * reach + 1,), the bucket of each distance -reach..reach
+  int64_t reach;
+  bool modified;  // any of the above
+  bool dropout;
+  uint32_t threshold, offset, seed_low, seed_high;
+  double kept;  // 1 / (1 - p), the factor of a kept probability
 };
 
 struct VarlenAttention {
@@ -40,12 +64,25 @@ struct VarlenAttention {
   PackedRows q, k, v, out;
   RowValues lse;
   int64_t max_rows, max_keys;  // of one task's tiles; they size the scratch memory
+  int64_t max_span;            // most distances between the rows of a query tile and the keys of its task
+  ScoreOptions scores;
 
   // Backward only.
   PackedRows dout, dq, dk, dv;
   RowValues dlse;
   bool want_dq, want_dkv;
   int64_t key_slots;  // key tiles kept packed at a time: all of a task's, or 1
+  void* dbias;        // contiguous, in the compute type; nullptr: not in this pass
+  int64_t dbias_batch, dbias_head, dbias_row;
+  void* dtable;  // (query tiles of all sequences, heads, buckets) in the compute type; nullptr: not in this pass
+};
+
+// The gradient of a bias that several sequences or heads share. Item i owns the query rows of group i / bias_heads, for
+// head i % bias_heads of the bias; it sums over the group's tasks and over the heads that share the bias, in order.
+struct SharedBias {
+  const VarlenTask* tasks;
+  const int64_t* group_begin;  // group g holds tasks group_begin[g]..group_begin[g + 1]
+  int64_t bias_heads;
 };
 
 }  // namespace flowattn
@@ -58,3 +95,5 @@ FA_ISA_DECLARE(void varlen_attention_fwd(const VarlenAttention& op, const Varlen
                                          void* scratch))
 FA_ISA_DECLARE(void varlen_attention_bwd(const VarlenAttention& op, const VarlenTask* tasks, int64_t begin, int64_t end,
                                          void* scratch))
+FA_ISA_DECLARE(void varlen_attention_bwd_shared_bias(const VarlenAttention& op, const SharedBias& bias, int64_t begin,
+                                                     int64_t end, void* scratch))

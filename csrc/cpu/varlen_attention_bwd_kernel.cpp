@@ -4,6 +4,7 @@
 // A task either covers a whole sequence and yields dq, dk and dv, or a row of tiles and yields dq, or a column of tiles
 // and yields dk and dv. Tiles are the same and are summed in the same order in all three, so the bits are too.
 #include "cpu/attention_tile.h"
+#include "cpu/score_modification.h"
 #include "cpu/varlen_attention.h"
 
 namespace flowattn::FLOWATTN_ISA_NAMESPACE {
@@ -30,11 +31,16 @@ struct BackwardScratch {
   T* lse;    // (rows,), +inf in rows that see no key, so that exp(score - lse) = 0
   T* delta;  // (rows,) rowsum(dout * out) - dlse
   T* slots;
+  ScratchCursor<T> cursor;
+  ScoreScratch<T> modification;
   int64_t bytes;
 
   BackwardScratch(const VarlenAttention& op, void* base)
-      : ldq(padded(op.width)), ldk(padded(op.max_keys)), ldv(padded(op.width_v)) {
-    ScratchCursor<T> cursor(base);
+      : ldq(padded(op.width)),
+        ldk(padded(op.max_keys)),
+        ldv(padded(op.width_v)),
+        cursor(base),
+        modification(op, cursor) {
     q = cursor.take(op.max_rows * ldq);
     dout = cursor.take(op.max_rows * ldv);
     dq = cursor.take(op.max_rows * ldq);
@@ -80,7 +86,12 @@ template <typename S, typename T = Compute<S>>
 class BackwardItem {
  public:
   BackwardItem(const VarlenAttention& op, const VarlenTask& task, int64_t head_kv, const BackwardScratch<T>& scratch)
-      : op_(op), task_(task), head_kv_(head_kv), at_(scratch), sequence_(op, task.sequence) {}
+      : op_(op),
+        task_(task),
+        head_kv_(head_kv),
+        at_(scratch),
+        sequence_(op, task.sequence),
+        modification_(op, scratch.modification, sequence_, task.sequence) {}
 
   void run() {
     const bool keep = op_.key_slots > 1 || task_.k_end - task_.k_begin <= kKeyTile;
@@ -90,6 +101,11 @@ class BackwardItem {
       for (int64_t row = task_.q_begin; row < task_.q_end; row += kQueryTile) query_tile(head, row, keep);
     }
     for (int64_t first = task_.k_begin; op_.want_dkv && first < task_.k_end; first += kKeyTile) store_keys(first);
+  }
+
+  // The task's gradient of the bias alone, for one query head.
+  void run_bias(int64_t head) {
+    for (int64_t row = task_.q_begin; row < task_.q_end; row += kQueryTile) query_tile(head, row, false);
   }
 
  private:
@@ -139,6 +155,7 @@ class BackwardItem {
     const int64_t rows = min(kQueryTile, task_.q_end - row), row0 = sequence_.q0 + row;
     const KeyRange seen = intersect(sequence_.tile_keys(row, row + rows), {task_.k_begin, task_.k_end});
     if (seen.begin < seen.end || op_.want_dq) load_queries(head, row0, rows);
+    modification_.begin(head, row, rows, seen);
     for (int64_t first = seen.begin / kKeyTile * kKeyTile; first < seen.end; first += kKeyTile) {
       if (!keep) pack_keys(first);
       score_tile(row, rows, first, intersect(seen, {first, first + kKeyTile}));
@@ -146,15 +163,19 @@ class BackwardItem {
     if (op_.want_dq) {
       store_rows<S, T>(at_.dq, at_.ldq, rows, op_.width, T(op_.scale), row_of<S>(op_.dq, row0, head), op_.dq.row);
     }
+    modification_.end(task_.first_tile + row / kQueryTile);
   }
 
   // Row r of the tile at query row `row`: scores and gradients of the probabilities become probabilities and gradients
-  // of the scores.
+  // of scale * q . k; under dropout the probabilities that multiply the values.
   void softmax_gradient_row(T* p, T* ds, KeyRange keys, int64_t row, int64_t r) {
     constexpr int W = kLanes<T>;
     const int64_t n = keys.end - keys.begin;
     const KeyRange seen = sequence_.row_keys(row + r);
+    if (op_.scores.modified) modification_.modify(p, row + r, keys);
     hide_keys(p, keys.begin, n, seen);
+    const T* keep = op_.scores.dropout ? modification_.keep(row + r, keys) : nullptr;
+    if (keep) multiply_row(ds, keep, n);
     const T lse = at_.lse[r];
     Vec<T> sum = {};
     for (int64_t j = 0; j < n; j += W) {
@@ -164,6 +185,8 @@ class BackwardItem {
     }
     const T delta = at_.delta[r] + (in_one_tile(seen) ? reduce_sum<T>(sum) : 0);
     for (int64_t j = 0; j < n; j += W) store(ds + j, load(p + j) * (load(ds + j) - delta));
+    if (keep) multiply_row(p, keep, n);
+    if (op_.scores.modified) modification_.gradient(ds, row + r, keys);
   }
 
   // Adds the gradients of rows row..row+rows and of `keys`, a part of the key tile that starts at `first`.
@@ -192,6 +215,7 @@ class BackwardItem {
   const int64_t head_kv_;
   const BackwardScratch<T>& at_;
   const Sequence sequence_;
+  ScoreModification<T> modification_;
 };
 
 template <typename S>
@@ -199,6 +223,20 @@ void backward(const VarlenAttention& op, const VarlenTask* tasks, int64_t begin,
   const BackwardScratch<Compute<S>> scratch(op, memory);
   for (int64_t item = begin; item < end; ++item) {
     BackwardItem<S>(op, tasks[item / op.heads_kv], item % op.heads_kv, scratch).run();
+  }
+}
+
+template <typename S>
+void shared_bias(const VarlenAttention& op, const SharedBias& bias, int64_t begin, int64_t end, void* memory) {
+  const BackwardScratch<Compute<S>> scratch(op, memory);
+  const int64_t group = op.heads / op.heads_kv, sharing = op.heads / bias.bias_heads;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t g = item / bias.bias_heads, first_head = item % bias.bias_heads * sharing;
+    for (int64_t t = bias.group_begin[g]; t < bias.group_begin[g + 1]; ++t) {
+      for (int64_t head = first_head; head < first_head + sharing; ++head) {
+        BackwardItem<S>(op, bias.tasks[t], head / group, scratch).run_bias(head);
+      }
+    }
   }
 }
 
@@ -211,6 +249,11 @@ int64_t varlen_attention_bwd_scratch(const VarlenAttention& op) {
 void varlen_attention_bwd(const VarlenAttention& op, const VarlenTask* tasks, int64_t begin, int64_t end,
                           void* scratch) {
   FA_DISPATCH_STORAGE(op, backward<S>(op, tasks, begin, end, scratch));
+}
+
+void varlen_attention_bwd_shared_bias(const VarlenAttention& op, const SharedBias& bias, int64_t begin, int64_t end,
+                                      void* scratch) {
+  FA_DISPATCH_STORAGE(op, shared_bias<S>(op, bias, begin, end, scratch));
 }
 
 }  // namespace flowattn::FLOWATTN_ISA_NAMESPACE

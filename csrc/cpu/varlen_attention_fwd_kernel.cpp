@@ -1,5 +1,6 @@
 // Forward of varlen_attention: one item is one tile of query rows of one head, online softmax over key tiles.
 #include "cpu/attention_tile.h"
+#include "cpu/score_modification.h"
 #include "cpu/varlen_attention.h"
 
 namespace flowattn::FLOWATTN_ISA_NAMESPACE {
@@ -15,11 +16,16 @@ struct ForwardScratch {
   T* out;     // (rows, ldv), not yet divided by total
   T* top;     // (rows,) running maximum
   T* total;   // (rows,) running sum of exp(score - top)
+  ScratchCursor<T> cursor;
+  ScoreScratch<T> modification;
   int64_t bytes;
 
   ForwardScratch(const VarlenAttention& op, void* base)
-      : ldq(padded(op.width)), ldk(padded(op.max_keys)), ldv(padded(op.width_v)) {
-    ScratchCursor<T> cursor(base);
+      : ldq(padded(op.width)),
+        ldk(padded(op.max_keys)),
+        ldv(padded(op.width_v)),
+        cursor(base),
+        modification(op, cursor) {
     q = cursor.take(op.max_rows * ldq);
     kt = cursor.take(op.width * ldk);
     v = cursor.take(op.max_keys * ldv);
@@ -75,6 +81,8 @@ void forward_tile(const VarlenAttention& op, const VarlenTask& task, int64_t hea
   for (int64_t r = 0; r < padded(rows); ++r) at.top[r] = kMinusInfinity<T>, at.total[r] = 0;
 
   const KeyRange keys = sequence.tile_keys(task.q_begin, task.q_end);
+  ScoreModification<T> modification(op, at.modification, sequence, task.sequence);
+  modification.begin(head, task.q_begin, rows, keys);
   const bool one_tile = keys.end - keys.begin <= kKeyTile;
   if (!one_tile) __builtin_memset(at.out, 0, rows * at.ldv * sizeof(T));
   for (int64_t first = keys.begin; first < keys.end; first += kKeyTile) {
@@ -86,12 +94,17 @@ void forward_tile(const VarlenAttention& op, const VarlenTask& task, int64_t hea
     pack_transposed<T>(row_of<S>(op.k, sequence.k0 + first, head_kv), op.k.row, n, op.width, at.kt, at.ldk);
     load_rows<T>(row_of<S>(op.v, sequence.k0 + first, head_kv), op.v.row, n, op.width_v, T(1), at.v, at.ldv);
     gemm<T>(count, n, op.width, q, at.ldq, 1, at.kt, at.ldk, at.scores, at.ldk, false);
-    for (int64_t r = 0; r < count; ++r) {
-      hide_keys(at.scores + r * at.ldk, first, n, sequence.row_keys(task.q_begin + seeing.begin + r));
+    const int64_t row = task.q_begin + seeing.begin;
+    for (int64_t r = 0; r < count && op.scores.modified; ++r) {
+      modification.modify(at.scores + r * at.ldk, row + r, {first, first + n});
     }
+    for (int64_t r = 0; r < count; ++r) hide_keys(at.scores + r * at.ldk, first, n, sequence.row_keys(row + r));
     for (int64_t r = 0; r < count; r += kLanes<T>) {
       softmax_rows<T>(at.scores + r * at.ldk, at.ldk, min(kLanes<T>, count - r), n, at.top + seeing.begin + r,
                       at.total + seeing.begin + r, one_tile ? nullptr : out + r * at.ldv, at.ldv);
+    }
+    for (int64_t r = 0; r < count && op.scores.dropout; ++r) {  // after the sums: the LSE knows nothing of dropout
+      multiply_row(at.scores + r * at.ldk, modification.keep(row + r, {first, first + n}), n);
     }
     gemm<T>(count, op.width_v, n, at.scores, at.ldk, 1, at.v, at.ldv, out, at.ldv, !one_tile);
   }

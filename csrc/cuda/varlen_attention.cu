@@ -69,8 +69,13 @@ void check_offsets(const Tensor& cu) {
 std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
                                                 const Tensor& cu_k, const std::optional<Tensor>& tiles, int64_t,
                                                 int64_t max_k, double scale, int64_t window_left, int64_t window_right,
-                                                bool top_left) {
+                                                bool top_left, double softcap, const std::optional<Tensor>& slopes,
+                                                const std::optional<Tensor>& bias, const std::optional<Tensor>& table,
+                                                const std::optional<Tensor>&, double dropout_p,
+                                                const std::optional<Tensor>&) {
   const CudaLaunch launch(q);
+  FA_CHECK(softcap == 0 && dropout_p == 0 && !slopes && !bias && !table, kOp,
+           "has no softcap, alibi_slopes, bias or dropout", "one of them");
   for (const Tensor* x : {&q, &k, &v}) check_rows(*x);
   check_offsets(cu_q);
   check_offsets(cu_k);

@@ -2,6 +2,7 @@
 
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
+from flowattn.ops.attention_scores import RelativeBias
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
@@ -19,6 +20,7 @@ __all__ = [
     "FallbackWarning",
     "PackPlan",
     "PrefixState",
+    "RelativeBias",
     "TokenBudgetBatchSampler",
     "aaren_attention",
     "bias_gelu",

@@ -9,6 +9,13 @@ import importlib
 
 import torch
 
+# What attention does to its scores: bias (1 or B, 1 or H, S, S), rel_table (buckets, H), rng (2,) = seed and offset.
+# The defaults mean nothing at all, and spare the plain call the cost of handing them over.
+_SCORES = (
+    "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? bias=None, Tensor? rel_table=None, Tensor? rel_lut=None,"
+    " float dropout_p=0.0, Tensor? rng=None"
+)
+
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "bias_gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
@@ -34,12 +41,13 @@ SCHEMAS = {
     " Tensor values, Tensor? mask, Tensor? reset, Tensor? cu_seqlens, Tensor? m0, Tensor out, Tensor m, Tensor u,"
     " Tensor u_final, bool reverse) -> (Tensor dscores, Tensor dvalues, Tensor du0, Tensor dw0)",
     "varlen_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles,"
-    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt window_left, SymInt window_right, bool top_left)"
-    " -> (Tensor out, Tensor lse)",
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt window_left, SymInt window_right, bool top_left,"
+    f" {_SCORES}) -> (Tensor out, Tensor lse)",
     "varlen_attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale,"
-    " SymInt window_left, SymInt window_right, bool top_left, bool deterministic)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    " SymInt window_left, SymInt window_right, bool top_left,"
+    f" bool deterministic, {_SCORES}, bool want_dbias=False)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
 }
 TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
 

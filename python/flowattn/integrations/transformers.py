@@ -68,12 +68,10 @@ def attention_forward(
     for option in ("position_bias", "s_aux", "cache"):
         _supported(kwargs.get(option) is None, f"{option} is not supported", "a value", _OTHERS)
     _supported(not kwargs.get("output_attentions"), "output_attentions is not supported", True, 'use "eager" instead')
-    hint = "call eval(), or set the model's attention dropout to 0"
-    _supported(dropout == 0, "attention dropout is not supported", dropout, hint)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     width = -1 if sliding_window is None else sliding_window - 1  # the window counts the query itself
     options = {"scale": scaling, "causal": causal, "window": (width, width), "softcap": softcap or 0.0}
-    options["deterministic"] = bool(kwargs.get("deterministic"))
+    options |= {"dropout_p": dropout, "deterministic": bool(kwargs.get("deterministic"))}
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, heads, width), views
     batch, lq, lk = q.shape[0], q.shape[1], k.shape[1]
 

@@ -186,8 +186,7 @@ class PaddingFreeEncoder(nn.Module):
     `pooler_output` pools the first real token of each sequence, and is 0 for a sequence without one. The original pools
     column 0, which is the same token unless a row is padded on the left; there it pools a padding position.
 
-    Dropout follows the modules' training flags; attention dropout is not supported yet, so train with
-    attention_probs_dropout_prob (DistilBERT: attention_dropout) 0.
+    Dropout follows the modules' training flags, that of the attention probabilities too.
     """
 
     def __init__(self, embeddings, layers, pooler=None):

@@ -245,7 +245,7 @@ def _prepare(
         checks.require(
             mask.device == values.device, name, f"mask must be on the device of values, {values.device}", mask.device
         )
-        batch_time, fits = scores.shape[:2], mask.shape in (scores.shape[:2], scores.shape)
+        batch_time, fits = scores.shape[:2], mask.shape == scores.shape[:2] or mask.shape == scores.shape
         rule = f"mask must have shape {tuple(batch_time)} or {tuple(scores.shape)}"
         checks.require(fits, name, rule, tuple(mask.shape))
         mask = mask if mask.dim() == 3 else mask.unsqueeze(-1).expand(scores.shape)

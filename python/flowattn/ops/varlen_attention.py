@@ -4,9 +4,11 @@ import torch
 
 from flowattn import _native, checks, dispatch
 from flowattn._library import fake, op
+from flowattn.ops import attention_scores
 from flowattn.reference.varlen_attention import varlen_attention as reference
 
 _OP = "varlen_attention"
+_PLAIN = 6  # options of the private ops before the score options: max_seqlen_q .. top_left
 _fwd, _bwd = op("varlen_attention_fwd"), op("varlen_attention_bwd")
 _fwd_triton, _bwd_triton = op("varlen_attention_fwd_triton"), op("varlen_attention_bwd_triton")
 
@@ -32,7 +34,7 @@ def varlen_attention(
     return_lse=False,
     plan=None,
 ):
-    """Attend within each sequence of a packed batch: o_i = sum_j softmax_j(scale * q_i . k_j) v_j.
+    """Attend within each sequence of a packed batch: o_i = sum_j dropout(softmax_j(scale * q_i . k_j + bias_ij)) v_j.
 
     Shapes: q (Tq, H, D); k (Tk, Hkv, D) with Hkv | H; v (Tk, Hkv, Dv); returns (Tq, H, Dv). A leading dim of size 1 is
         accepted and returned alike. cu_seqlens_q and cu_seqlens_k (B+1,): sequence b owns rows cu[b]..cu[b+1];
@@ -43,8 +45,14 @@ def varlen_attention(
     scale: multiplies q . k; default D ** -0.5.
     causal, window: query i sees key j where i + s - left <= j <= i + s + right, -1 = unbounded, causal = right 0, with
         s = Lk - Lq (causal_align="bottom_right") or 0 ("top_left").
-    softcap > 0: scores become softcap * tanh(score / softcap). alibi_slopes float32 (H,) or (B, H): adds
-        -slope * |i + s - j|. bias (H, S, S) or (B, H, S, S): added to the scores.
+    softcap > 0: scores become softcap * tanh(score / softcap), before any bias is added.
+    alibi_slopes: float32 (H,) or (B, H): adds -slope * |i + s - j|. No gradient.
+    bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, or dense (H, S, S) or
+        (B, H, S, S), any strides, S at least the longest sequence. B or H of size 1 is broadcast and its gradient
+        summed in place; that of a tensor expanded beforehand has the expanded size.
+    dropout_p: drops probabilities and divides the others by 1 - dropout_p; the LSE is that without dropout. Two int64
+        numbers from the device's default generator decide, together with the sequence's place in the batch, the head
+        and i and j (docs/design.md): not the lengths of other sequences, the plan, the backend or the direction.
     max_seqlen_q, max_seqlen_k: host ints that choose tile shapes; any value is correct, None picks from the shapes.
     plan: the PackPlan of these sequences; its tile list, sorted by work, is then used on a GPU.
     deterministic: bitwise repeatable gradients, also with torch.use_deterministic_algorithms(True).
@@ -52,8 +60,9 @@ def varlen_attention(
 
     A query that sees no key gives 0 and LSE -inf, with zero gradients. Empty sequences and B = 0 are legal.
     On the CPU a bad cu_seqlens raises ValueError; on a GPU it is never read out of bounds, the result is unspecified.
-    Gradients: q, k, v (and bias, through the reference). No host sync except in the reference.
-    Cost: 2 H (D + Dv) FLOPs a visible pair forward, 2.5 times that backward; memory O(T).
+    Gradients: q, k, v, bias. No host sync except in the reference.
+    Cost: 2 H (D + Dv) FLOPs a visible pair forward, 2.5 times that backward; memory O(T), and for the gradient of
+        a dense bias its size in float32.
     Source: FlashAttention-2 (Dao 2023), Algorithms 1 and 2; ByteTransformer (Zhai et al. 2023) for the packed layout.
 
     >>> q = torch.randn(5, 2, 8)
@@ -62,21 +71,24 @@ def varlen_attention(
     torch.Size([5, 2, 8])
     """
     batched = q.dim() == 4
-    *call, extras = _prepare(
+    *call, scores = _prepare(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=scale, causal=causal,
         causal_align=causal_align, window=window, softcap=softcap, alibi_slopes=alibi_slopes, bias=bias,
         dropout_p=dropout_p, plan=plan,
     )  # fmt: skip
-    backend = _TABLE.choose(*call, extras)
+    backend = _TABLE.choose(*call, scores)
+    if scores:
+        rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p else None
+        scores = (*scores, rng)
     if backend.name == "reference":
-        out, lse = _reference(*call, extras)
-    elif checks.needs_grad(*call[:3]):
+        out, lse = _reference(*call, *scores)
+    elif checks.needs_grad(*call[:3], *scores[2:4]):
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         q, k, v, cu_q, cu_k, *options = call
         cu_k = None if cu_k is cu_q else cu_k  # Dynamo refuses an autograd.Function that is given one tensor twice
-        out, lse = _VarlenAttention.apply(backend, deterministic, q, k, v, cu_q, cu_k, *options)
+        out, lse = _VarlenAttention.apply(backend, deterministic, q, k, v, cu_q, cu_k, *options, *scores)
     else:
-        out, lse = backend.fwd(*call)
+        out, lse = backend.fwd(*call, *scores)
     if batched:
         out, lse = out.unsqueeze(0), lse.unsqueeze(0)
     return (out, lse) if return_lse else out
@@ -85,21 +97,32 @@ def varlen_attention(
 class _VarlenAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, deterministic, q, k, v, cu_q, cu_k, tiles, *options):
+        ctx.bwd, ctx.options, scores = backend.bwd, (*options[:_PLAIN], deterministic), options[_PLAIN:]
         out, lse = backend.fwd(q, k, v, cu_q, cu_q if cu_k is None else cu_k, tiles, *options)
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, tiles)
-        ctx.bwd, ctx.options = backend.bwd, (*options, deterministic)
+        saved = (q, k, v, out, lse, cu_q, cu_k, tiles)
+        if scores:
+            ctx.softcap, slopes, bias, table, lut, ctx.dropout_p, rng = scores
+            saved = (*saved, slopes, bias, table, lut, rng)
+        ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, cu_q, cu_k, tiles = ctx.saved_tensors
+        q, k, v, out, lse, cu_q, cu_k, tiles, *scores = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
-        cu_k = cu_q if cu_k is None else cu_k
-        dq, dk, dv = ctx.bwd(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, *ctx.options)
-        return (None, None, dq, dk, dv, None, None, None, *[None] * (len(ctx.options) - 1))
+        call = (dout, dlse, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, tiles, *ctx.options)
+        if not scores:
+            dq, dk, dv, _, _ = ctx.bwd(*call)
+            return (None, None, dq, dk, dv, *[None] * (_PLAIN + 3))
+        slopes, bias, table, lut, rng = scores
+        want = ctx.needs_input_grad[-5:-3]  # bias and table
+        scores = (ctx.softcap, slopes, bias, table, lut, ctx.dropout_p, rng)
+        dq, dk, dv, *learned = ctx.bwd(*call, *scores, any(want))
+        dbias, dtable = (dx.to(x.dtype) if wanted else None for dx, x, wanted in zip(learned, (bias, table), want))
+        return (None, None, dq, dk, dv, *[None] * (_PLAIN + 5), dbias, dtable, None, None, None)
 
 
 def _prepare(
@@ -107,9 +130,9 @@ def _prepare(
     window=(-1, -1), softcap=0.0, alibi_slopes=None, bias=None, dropout_p=0.0, deterministic=False, return_lse=False,
     plan=None,
 ):  # fmt: skip
-    """Check the public arguments; return those of the private op, then a dict of what only the reference takes."""
+    """Check the public arguments; return those of the private op up to top_left, then a tuple of its score options."""
     q, k, v = _check_tensors(q, k, v)
-    (total_q, heads, width), total_k = q.shape, k.shape[0]
+    (total_q, _, width), total_k = q.shape, k.shape[0]
     cu_q_given, cu_q = cu_q, checks.cu_seqlens(_OP, "cu_seqlens_q", cu_q, total_q, q.device)
     if cu_k is None or cu_k is cu_q_given:
         cu_k = cu_q
@@ -124,11 +147,9 @@ def _prepare(
     left, right = window
     if left < -1 or right < -1:
         checks.fail(_OP, "window must hold -1 (unbounded) or widths >= 0", window)
-    if dropout_p != 0:
-        checks.fail(_OP, "dropout is supported by no backend yet", dropout_p, error=NotImplementedError)
-    extras = _NO_EXTRAS
-    if softcap or alibi_slopes is not None or bias is not None:
-        extras = _check_extras(softcap, alibi_slopes, bias, heads, cu_q.shape[0] - 1)
+    scores = ()  # nothing: the defaults of the private ops
+    if softcap or dropout_p or alibi_slopes is not None or bias is not None:
+        scores = attention_scores.prepare(_OP, q, cu_q.shape[0] - 1, softcap, alibi_slopes, bias, dropout_p)
     tiles = None
     if plan is not None:
         if plan.cu_seqlens.shape != cu_q.shape or plan.indices.shape[0] != total_q:
@@ -138,7 +159,7 @@ def _prepare(
     return (
         q, k, v, cu_q, cu_k, tiles, total_q if max_q is None else max_q, total_k if max_k is None else max_k,
         width**-0.5 if scale is None else float(scale), left, 0 if causal else right, causal_align == "top_left",
-        extras,
+        scores,
     )  # fmt: skip
 
 
@@ -168,34 +189,27 @@ def _check_tensors(q, k, v):
     return tensors
 
 
-_NO_EXTRAS = {"softcap": 0.0, "alibi_slopes": None, "bias": None}
-
-
-def _check_extras(softcap, alibi_slopes, bias, heads, batch):
-    if softcap < 0:
-        checks.fail(_OP, "softcap must be >= 0", softcap)
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        checks.fail(_OP, "alibi_slopes must have shape (H,) or (B, H)", tuple(alibi_slopes.shape))
-    if bias is not None and (bias.dim() not in (3, 4) or bias.shape[-3] != heads):
-        checks.fail(_OP, "bias must have shape (H, S, S) or (B, H, S, S)", tuple(bias.shape))
-    return {"softcap": softcap, "alibi_slopes": alibi_slopes, "bias": bias}
-
-
-def _reference(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, extras):
+def _reference(
+    q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, softcap=0.0, slopes=None, bias=None,
+    table=None, lut=None, dropout_p=0.0, rng=None,
+):  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):  # its products stay in float32
-        return reference(q, k, v, cu_q, cu_k, scale, left, right, top_left, **extras)
+        return reference(
+            q, k, v, cu_q, cu_k, scale, left, right, top_left, softcap=softcap, alibi_slopes=slopes, bias=bias,
+            rel_table=table, rel_lut=lut, dropout_p=dropout_p, rng=rng,
+        )  # fmt: skip
 
 
-def _refuse_extras(extras):
-    return None if extras is _NO_EXTRAS else "softcap, alibi_slopes and bias run in the reference only"
+def _refuse_scores(scores):
+    return "has no softcap, alibi_slopes, bias or dropout" if scores else None
 
 
 def _refuse_cpu(q, *rest):
-    return _native.refuse_cpu(q) or _refuse_extras(rest[-1])
+    return _native.refuse_cpu(q)
 
 
-def _refuse_cuda(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, extras):
-    reason = _native.refuse_cuda(q) or _refuse_extras(extras)
+def _refuse_cuda(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, scores):
+    reason = _native.refuse_cuda(q) or _refuse_scores(scores)
     if reason is None and _native.capability(q.device) != (9, 0):
         reason = "needs a Hopper GPU (compute capability 9.0)"
     if reason is None and q.dtype not in (torch.float16, torch.bfloat16):
@@ -215,7 +229,7 @@ def _fits_chunks(x):
 
 
 def _refuse_triton(q, k, v, *rest):
-    reason = dispatch.refuse_triton(q) or _refuse_extras(rest[-1])
+    reason = dispatch.refuse_triton(q) or _refuse_scores(rest[-1])
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
         reason = f"head width must be at most 256; got {max(q.shape[2], v.shape[2])}"
     if reason is None and q.dtype == torch.float64:
@@ -240,11 +254,15 @@ _TABLE = dispatch.Table(
 
 
 @fake("varlen_attention_fwd")
-def _fwd_fake(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left):
+def _fwd_fake(q, k, v, *rest):
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2])), lse
 
 
 @fake("varlen_attention_bwd")
-def _bwd_fake(dout, dlse, q, k, v, out, lse, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _bwd_fake(
+    dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, deterministic,
+    softcap=0.0, slopes=None, bias=None, table=None, lut=None, dropout_p=0.0, rng=None, want_dbias=False,
+):  # fmt: skip
+    learned = (q.new_empty(0 if x is None or not want_dbias else x.shape, dtype=lse.dtype) for x in (bias, table))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *learned

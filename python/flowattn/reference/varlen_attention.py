@@ -2,6 +2,8 @@
 
 import torch
 
+from flowattn.reference.dropout import keep_mask
+
 
 def visible(lq, lk, window_left, window_right, top_left, device=None):
     """Mask (lq, lk), True = keep: i + shift - left <= j <= i + shift + right; -1 = unbounded."""
@@ -15,8 +17,11 @@ def visible(lq, lk, window_left, window_right, top_left, device=None):
     return keep
 
 
-def attend(q, k, v, keep, scale, *, softcap=0.0, bias=None):
-    """One sequence: q (Lq, H, D), k, v (Lk, Hkv, D), keep (Lq, Lk), bias (H, Lq, Lk) -> out (Lq, H, D), lse (H, Lq)."""
+def attend(q, k, v, keep, scale, *, softcap=0.0, bias=None, dropout=None):
+    """One sequence: q (Lq, H, D), k, v (Lk, Hkv, D), keep (Lq, Lk), bias (H, Lq, Lk) -> out (Lq, H, D), lse (H, Lq).
+
+    dropout (H, Lq, Lk): factors of the probabilities, 0 or 1 / (1 - p).
+    """
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) if group != 1 else x for x in (k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
@@ -30,14 +35,37 @@ def attend(q, k, v, keep, scale, *, softcap=0.0, bias=None):
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
-    out = torch.einsum("hij,jhd->ihd", weights / total.masked_fill(empty, 1.0), v)
+    probabilities = weights / total.masked_fill(empty, 1.0)
+    if dropout is not None:
+        probabilities = probabilities * dropout
+    out = torch.einsum("hij,jhd->ihd", probabilities, v)
     lse = (top + torch.log(total.masked_fill(empty, 1.0))).masked_fill(empty, float("-inf"))
     return out, lse.squeeze(-1)
 
 
+def position_bias(b, lq, lk, shift, work, device, alibi_slopes, bias, rel_table, rel_lut):
+    """What is added to the scores of sequence b: a sum that broadcasts to (H, lq, lk), or None."""
+    parts = []
+    distance = torch.arange(lk, device=device) - torch.arange(lq, device=device)[:, None] - shift
+    if alibi_slopes is not None:
+        slopes = (alibi_slopes[b] if alibi_slopes.dim() == 2 else alibi_slopes).to(work)
+        parts.append(-slopes[:, None, None] * distance.abs())
+    if rel_table is not None:
+        reach = rel_lut.shape[0] // 2
+        buckets = rel_lut[distance.clamp(-reach, reach) + reach].long()
+        parts.append(rel_table.to(work)[buckets].permute(2, 0, 1))
+    if bias is not None:
+        if bias.shape[-2] < lq or bias.shape[-1] < lk:
+            rule = f"bias must cover the longest sequences, {lq} queries and {lk} keys"
+            raise ValueError(f"varlen_attention: {rule}; got {tuple(bias.shape)}")
+        row = bias if bias.dim() == 3 else bias[b if bias.shape[0] > 1 else 0]
+        parts.append(row[:, :lq, :lk].to(work))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
 def varlen_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window_left, window_right, top_left, *, softcap=0.0, alibi_slopes=None,
-    bias=None,
+    bias=None, rel_table=None, rel_lut=None, dropout_p=0.0, rng=None,
 ):  # fmt: skip
     """The contract of ops.varlen_attention in code; computes in float32 (float64 for float64 inputs)."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -46,22 +74,17 @@ def varlen_attention(
     for b in range(len(starts_q) - 1):
         rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
         lq, lk = rows.stop - rows.start, keys.stop - keys.start
-        added = None
-        if alibi_slopes is not None:
-            slopes = (alibi_slopes[b] if alibi_slopes.dim() == 2 else alibi_slopes).to(work)
-            shift = 0 if top_left else lk - lq
-            i, j = torch.arange(lq, device=q.device)[:, None], torch.arange(lk, device=q.device)
-            added = -slopes[:, None, None] * (i + shift - j).abs()
-        if bias is not None:
-            part = (bias[b] if bias.dim() == 4 else bias)[:, :lq, :lk].to(work)
-            added = part if added is None else added + part
+        shift = 0 if top_left else lk - lq
+        added = position_bias(b, lq, lk, shift, work, q.device, alibi_slopes, bias, rel_table, rel_lut)
+        dropout = keep_mask(rng, dropout_p, b, heads, lq, lk).to(work) / (1 - dropout_p) if dropout_p else None
         keep = visible(lq, lk, window_left, window_right, top_left, q.device)
         parts = q[rows].to(work), k[keys].to(work), v[keys].to(work)
-        out, lse = attend(*parts, keep, scale, softcap=softcap, bias=added)
+        out, lse = attend(*parts, keep, scale, softcap=softcap, bias=added, dropout=dropout)
         outs.append(out)
         lses.append(lse)
     rest = q.shape[0] - starts_q[-1]  # rows beyond the last sequence: zeros
-    nothing = sum(x[:0].sum(dtype=work) for x in (q, k, v))  # 0, and a gradient even where there are no sequences
+    learned = (x for x in (q, k, v, bias, rel_table) if x is not None)
+    nothing = sum(x[:0].sum(dtype=work) for x in learned)  # 0, and a gradient even where there are no sequences
     outs.append(q.new_zeros((rest, heads, v.shape[-1]), dtype=work) + nothing)
     lses.append(q.new_full((heads, rest), float("-inf"), dtype=work) + nothing)
     return torch.cat(outs).to(q.dtype), torch.cat(lses, 1)

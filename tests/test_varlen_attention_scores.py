@@ -1,0 +1,368 @@
+"""varlen_attention: softcap, ALiBi, dense and relative bias, and the gradients of the biases."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_varlen_attention import BF16, F16, F32, F64, FACTOR, Case, check, loops, make, offsets
+
+import flowattn as fa
+from flowattn._library import op
+from flowattn.reference.varlen_attention import attend, position_bias, visible
+
+# "dense" is a bias of every sequence and head; "-b", "-h" and "-bh" share it between sequences, heads, or both.
+BIASES = ["none", "dense", "dense-b", "dense-h", "dense-bh", "relative"]
+FACTORS = FACTOR | {"dbias": FACTOR["dq"]}
+LENGTHS = [5, 66, 0, 20, 301], [7, 66, 3, 0, 290]
+MASK = {"causal": True, "window": (200, -1)}
+
+
+def make_bias(kind, case, dtype=F32, device="cpu"):
+    lq, lk = (max(lengths, default=0) + 2 for lengths in case.lengths)
+    batch, heads = len(case.lq), case.heads
+    if kind == "none":
+        return None
+    if kind == "relative":
+        return fa.RelativeBias.t5(torch.randn(16, heads, dtype=F64, device=device).to(dtype), 60, max_distance=50)
+    shape = {
+        "dense": (batch, heads, lq, lk), "dense-b": (heads, lq, lk), "dense-h": (batch, 1, lq, lk),
+        "dense-bh": (1, 1, lq, lk),
+    }[kind]  # fmt: skip
+    return torch.randn(shape, dtype=F64, device=device).to(dtype)
+
+
+def make_options(case, kind, dtype=F32, device="cpu"):
+    slopes = torch.rand(len(case.lq), case.heads, device=device)
+    return {"softcap": 1.5, "alibi_slopes": slopes, "bias": make_bias(kind, case, dtype, device)}
+
+
+def run(x, function=fa.varlen_attention, dtype=None, *, bias=None, **options):
+    """out, lse and every gradient by name; the dense bias or the table counts as one input more."""
+    inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in x[:3]]
+    names = list(FACTORS)[: 5 if bias is None else 6]
+    if bias is not None:
+        relative = isinstance(bias, fa.RelativeBias)
+        learned = (bias.table if relative else bias).detach()
+        inputs.append(learned.to(dtype or learned.dtype).requires_grad_())
+        bias = bias._replace(table=inputs[3]) if relative else inputs[3]
+    out, lse = function(*inputs[:3], x.cu_q, x.cu_k, bias=bias, **options, return_lse=True)
+    grads = torch.autograd.grad((out, lse), inputs, (x.dout.to(out.dtype), x.dlse.to(lse.dtype)))
+    return dict(zip(names, (out.detach(), lse.detach(), *grads)))
+
+
+def exact(x, **options):
+    with fa.use_backend("reference"):
+        return run(x, dtype=F64, **options)
+
+
+def plain_torch(q, k, v, cu_q, cu_k, *, bias, softcap, alibi_slopes, window, causal, return_lse):
+    """The formula in the dtype of the inputs throughout."""
+    table, lut = bias if isinstance(bias, fa.RelativeBias) else (None, None)
+    dense = None if bias is None or table is not None else bias
+    results = []
+    for b, (a, e, c, d) in enumerate(zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist())):
+        lq, lk = e - a, d - c
+        added = position_bias(b, lq, lk, lk - lq, q.dtype, q.device, alibi_slopes, dense, table, lut)
+        keep = visible(lq, lk, window[0], 0 if causal else window[1], False, q.device)
+        results.append(attend(q[a:e], k[c:d], v[c:d], keep, q.shape[-1] ** -0.5, softcap=softcap, bias=added))
+    outs, lses = zip(*results)
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def check_all(got, want, plain, dtype):
+    """test_varlen_attention.check, which knows no biases, plus the gradient of the bias under the same rule."""
+    check({n: t for n, t in got.items() if n != "dbias"}, want, plain, dtype)
+    if "dbias" in got:
+        renamed = ({"dq": results["dbias"]} for results in (got, want, plain))
+        check(*renamed, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kind", BIASES)
+def test_against_float64(native, kind, dtype):
+    """All options at once over several tiles of queries and keys, unequal lengths, GQA, a causal window."""
+    case = Case("", *LENGTHS, heads=4, heads_kv=2, d=16)
+    x, options = make(case, dtype, "cpu"), make_options(case, kind, dtype) | MASK
+    with fa.use_backend("cpu"):
+        got = run(x, **options)
+    check_all(got, exact(x, **options), run(x, plain_torch, **options), dtype)
+
+
+@pytest.mark.parametrize("single", ["softcap", "alibi_slopes", "bias"])
+@pytest.mark.parametrize("kind", ["dense-b", "relative"])
+def test_options_one_at_a_time(native, single, kind):
+    case = Case("", [5, 70, 20], heads=2)
+    options = make_options(case, kind)
+    options = {n: t if n == single else (0.0 if n == "softcap" else None) for n, t in options.items()}
+    options |= {"causal": False, "window": (-1, -1)}
+    x = make(case, F32, "cpu")
+    with fa.use_backend("cpu"):
+        got = run(x, **options)
+    check_all(got, exact(x, **options), run(x, plain_torch, **options), F32)
+
+
+def test_softcap_of_small_and_large_scores(native):
+    """tanh keeps the relative precision of small scores, and large ones neither overflow nor lose their sign."""
+    q = torch.tensor([1e-6, -1e-3, 0.3, -4.0, 1e3, -1e30])[:, None, None]
+    k = v = torch.ones(6, 1, 1)
+    cu = torch.arange(7, dtype=torch.int32)  # one key each: the LSE is the score
+    with fa.use_backend("cpu"):
+        _, lse = fa.varlen_attention(q, k, v, cu, scale=1.0, softcap=5.0, return_lse=True)
+    want = 5 * torch.tanh(q.double() / 5).flatten()
+    torch.testing.assert_close(lse[0].double(), want, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("top_left", [False, True], ids=["bottom_right", "top_left"])
+def test_relative_bias_against_loops(top_left):
+    """Distances beyond the LUT count as its ends, and the shift of the mask is that of the distances."""
+    lq, lk = [3, 0, 5, 2], [4, 2, 9, 0]
+    q, k, v = (torch.randn(sum(n), h, 3, dtype=F64) for n, h in ((lq, 4), (lk, 2), (lk, 2)))
+    table, lut = torch.randn(4, 4, dtype=F64), torch.tensor([3, 1, 0, 2, 1], dtype=torch.int16)
+    dense = torch.zeros(4, 4, 5, 9, dtype=F64)
+    for b, h, i, j in itertools.product(range(4), range(4), range(5), range(9)):
+        distance = j - i - (0 if top_left else lk[b] - lq[b])
+        dense[b, h, i, j] = table[lut[min(max(distance, -2), 2) + 2], h]
+    want_out, want_lse = loops(q, k, v, lq, lk, 3**-0.5, -1, 1, top_left, softcap=2.0, bias=dense)
+    for backend in ("reference", "cpu"):
+        with fa.use_backend(backend):
+            out, lse = fa.varlen_attention(
+                q, k, v, offsets(lq, "cpu"), offsets(lk, "cpu"), softcap=2.0, bias=fa.RelativeBias(table, lut),
+                window=(-1, 1), causal_align="top_left" if top_left else "bottom_right", return_lse=True,
+            )  # fmt: skip
+        torch.testing.assert_close(out, want_out, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["encoder", "decoder"])
+@pytest.mark.parametrize("buckets, max_distance", [(32, 128), (8, 20), (64, 777)])
+def test_t5_buckets(bidirectional, buckets, max_distance):
+    t5 = pytest.importorskip("transformers").models.t5.modeling_t5.T5Attention
+    made = fa.RelativeBias.t5(torch.zeros(buckets, 1), 1000, bidirectional=bidirectional, max_distance=max_distance)
+    want = t5._relative_position_bucket(torch.arange(-999, 1000), bidirectional, buckets, max_distance)
+    assert made.lut.dtype == torch.int16 and torch.equal(made.lut.long(), want)
+
+
+def test_t5_layer(native):
+    """The scores of a T5 self-attention layer, from its own module."""
+    t5 = pytest.importorskip("transformers").models.t5
+    config = t5.T5Config(d_model=16, d_kv=4, num_heads=4, relative_attention_num_buckets=8, dropout_rate=0.0)
+    layer = t5.modeling_t5.T5Attention(config, has_relative_attention_bias=True).eval()
+    torch.nn.init.normal_(layer.relative_attention_bias.weight)
+    x = torch.randn(1, 150, 16)
+    bias = fa.RelativeBias.t5(layer.relative_attention_bias.weight, 150)
+    q, k, v = (p(x[0]).unflatten(-1, (4, 4)) for p in (layer.q, layer.k, layer.v))
+    out = fa.varlen_attention(q, k, v, offsets([150], "cpu"), scale=1.0, bias=bias)
+    torch.testing.assert_close(layer.o(out.flatten(1))[None], layer(x)[0], rtol=1e-5, atol=1e-5)
+
+
+# --- gradients
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense-b", "dense-h", "dense-bh", "relative"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+def test_gradcheck(backend, kind):
+    """softcap, ALiBi, bias, window, causal and GQA together."""
+    case = Case("", [3, 0, 2, 1], [2, 2, 4, 0], heads=2, heads_kv=1, d=3, dv=2)
+    x, bias = make(case, F64, "cpu"), make_bias(kind, case, F64)
+    lut = bias.lut if kind == "relative" else None
+    learned = bias.table if kind == "relative" else bias
+    slopes = torch.rand(4, 2)
+
+    def finite(q, k, v, learned):
+        given = learned if lut is None else fa.RelativeBias(learned, lut)
+        out, lse = fa.varlen_attention(
+            q, k, v, x.cu_q, x.cu_k, softcap=1.3, alibi_slopes=slopes, bias=given, causal=True, window=(2, -1),
+            return_lse=True,
+        )  # fmt: skip
+        return out, lse[lse > -math.inf]
+
+    assert torch.autograd.gradcheck(finite, [t.requires_grad_() for t in (*x[:3], learned)])
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense-b", "relative"])
+def test_bias_alone_requires_grad(native, kind):
+    case = Case("", [5, 70], heads=2)
+    x, options = make(case, F32, "cpu"), make_options(case, kind)
+    with fa.use_backend("cpu"):
+        want = run(x._replace(dlse=torch.zeros_like(x.dlse)), **options)["dbias"]
+        bias = options.pop("bias")
+        learned = (bias.table if kind == "relative" else bias).detach().requires_grad_()
+        given = bias._replace(table=learned) if kind == "relative" else learned
+        out = fa.varlen_attention(*x[:3], x.cu_q, bias=given, **options)
+        assert torch.equal(torch.autograd.grad(out, learned, x.dout)[0], want)
+        q = x.q.detach().requires_grad_()  # and the reverse: no gradient of the bias is computed
+        (dq,) = torch.autograd.grad(fa.varlen_attention(q, *x[1:3], x.cu_q, bias=bias, **options), q, x.dout)
+    assert dq.any()
+
+
+@pytest.mark.parametrize("layout", ["expanded", "keys-first", "every-other", "expanded-keys"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+def test_bias_strides(native, layout, dtype):
+    """Any strides give the bits of a contiguous bias; the gradient of an expanded one is summed by expand itself."""
+    case = Case("", [5, 66, 20], heads=2)
+    x = make(case, dtype, "cpu")
+    base = {
+        "expanded": torch.randn(1, 1, 70, 70), "keys-first": torch.randn(3, 2, 70, 70),
+        "every-other": torch.randn(3, 4, 140, 140), "expanded-keys": torch.randn(3, 1, 1, 70),
+    }[layout].to(dtype)  # fmt: skip
+    base.requires_grad_()
+    bias = {
+        "expanded": lambda: base.expand(3, 2, 70, 70), "keys-first": lambda: base.mT,
+        "every-other": lambda: base[:, ::2, ::2, ::2], "expanded-keys": lambda: base.expand(3, 2, 70, 70),
+    }[layout]()  # fmt: skip
+    dense = bias.detach().contiguous().requires_grad_()
+    with fa.use_backend("cpu"):
+        out, want = (fa.varlen_attention(*x[:3], x.cu_q, bias=b) for b in (bias, dense))
+    assert torch.equal(out, want)
+    (dense_grad,) = torch.autograd.grad(want, dense, x.dout)
+    (got,) = torch.autograd.grad(out, base, x.dout)
+    assert torch.equal(got, torch.autograd.grad(bias, base, dense_grad)[0])
+
+
+@pytest.mark.parametrize("kind", BIASES[1:])
+def test_threads_change_no_bit(native, kind):
+    case, threads = Case("", [400, 3, 70], heads=4, heads_kv=2, d=8), torch.get_num_threads()
+    x, options, results = make(case, F32, "cpu"), make_options(case, kind), []
+    with fa.use_backend("cpu"):
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            results.append(run(x, deterministic=True, **options))
+        torch.set_num_threads(threads)
+    for name in FACTORS:
+        assert torch.equal(results[0][name], results[1][name]), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+def test_no_sequences_and_rows_beyond(backend):
+    """Empty batches have gradients, zeros; minus infinity in a bias hides a key, and a row without keys gives 0."""
+    q = torch.randn(3, 2, 4, requires_grad=True)
+    bias = torch.zeros(2, 2, 2)
+    bias[:, 1] = -math.inf
+    bias.requires_grad_()
+    out, lse = fa.varlen_attention(q, q, q, offsets([2], "cpu"), bias=bias, return_lse=True)
+    assert not out[1:].any() and (lse[:, 1:] == -math.inf).all() and out[0].all()
+    grads = torch.autograd.grad(out.sum(), (q, bias))
+    assert all(g.isfinite().all() for g in grads) and not grads[1][:, 1].any() and not grads[0][2].any()
+    for learned in (torch.randn(2, 2, 2), torch.randn(8, 2)):
+        learned.requires_grad_()
+        given = learned if learned.dim() == 3 else fa.RelativeBias.t5(learned, 4)
+        out = fa.varlen_attention(q, q, q, offsets([], "cpu"), bias=given)
+        (grad,) = torch.autograd.grad(out.sum(), learned)
+        assert grad.shape == learned.shape and not grad.any()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(native, isa):
+    """The copies of the kernels that this machine would not choose are right too, and drop the same probabilities."""
+    program = """
+import itertools, torch, test_varlen_attention_scores as t
+case = t.Case("", *t.LENGTHS, heads=4, heads_kv=2, d=16)
+for dtype, kind in itertools.product((t.F32, t.F16, t.BF16, t.F64), ("dense-b", "relative")):
+    x, options = t.make(case, dtype, "cpu"), t.make_options(case, kind, dtype) | t.MASK
+    with t.fa.use_backend("cpu"):
+        got = t.run(x, **options)
+    t.check_all(got, t.exact(x, **options), t.run(x, t.plain_torch, **options), dtype)
+    outs = []
+    for backend in ("cpu", "reference"):
+        torch.manual_seed(1)
+        with t.fa.use_backend(backend):
+            outs.append(t.fa.varlen_attention(*(y.double() for y in x[:3]), x.cu_q, x.cu_k, dropout_p=0.3))
+    torch.testing.assert_close(*outs, rtol=1e-12, atol=1e-12)
+"""
+    environment = os.environ | {
+        "FLOWATTN_CPU_ISA": isa,
+        "PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)]),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- torch integration and errors
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_opcheck(native, kind):
+    case = Case("", [3, 0, 17], heads=2)
+    x, bias = make(case, F32, "cpu"), make_bias(kind, case)
+    table, lut = bias if kind == "relative" else (None, None)
+    dense = bias[None] if kind == "dense-b" else None if kind in ("none", "relative") else bias
+    options, scores = (None, 17, 17, 0.3, 4, 0, False), (1.5, torch.rand(2), dense, table, lut, 0.2, torch.arange(2))
+    torch.library.opcheck(op("varlen_attention_fwd"), (*x[:5], *options, *scores))
+    out, lse = op("varlen_attention_fwd")(*x[:5], *options, *scores)
+    for want in (False, True):
+        backward = (x.dout, x.dlse, *x[:3], out, lse, x.cu_q, x.cu_k, *options, True, *scores, want)
+        torch.library.opcheck(op("varlen_attention_bwd"), backward)
+
+
+@pytest.mark.parametrize("kind", ["dense-b", "relative"])
+def test_compile(native, kind):
+    torch._dynamo.reset()
+    compiled = torch.compile(fa.varlen_attention, fullgraph=True, backend="aot_eager")
+    for lengths in ([3, 17], [5, 2, 9], [1, 4, 7, 2]):  # the second and third with symbolic sizes
+        case = Case("", lengths, heads=2)
+        x, options = make(case, F32, "cpu"), make_options(case, kind)
+        got, want = run(x, compiled, **options), run(x, **options)
+        for name in FACTORS:
+            assert torch.equal(got[name], want[name]), name
+
+
+def test_autocast_keeps_a_float32_bias(native):
+    case = Case("", [5, 20])
+    x, bias = make(case, F32, "cpu"), torch.randn(2, 20, 20, requires_grad=True)
+    with torch.autocast("cpu", BF16):
+        fa.varlen_attention(*x[:3], x.cu_q, bias=bias).float().sum().backward()
+    assert bias.grad.dtype == F32 and bias.grad.any()
+
+
+Q, CU = torch.zeros(5, 2, 8), offsets([2, 3], "cpu")
+LUT = torch.zeros(5, dtype=torch.int16)
+RULES = {
+    "alibi-dtype": (TypeError, "alibi_slopes must be float32", {"alibi_slopes": torch.ones(2, dtype=F64)}),
+    "alibi-device": (ValueError, "alibi_slopes must be on the device of q", {"alibi_slopes": torch.ones(2).to("meta")}),
+    "bias-kind": (TypeError, "bias must be a tensor or a RelativeBias", {"bias": 1.0}),
+    "bias-batch": (ValueError, "bias must have shape .* with B 1 or 2", {"bias": torch.ones(3, 2, 4, 4)}),
+    "bias-dtype": (TypeError, "bias must be float32 or have the dtype of q", {"bias": torch.ones(2, 4, 4).double()}),
+    "bias-rows": (ValueError, "bias must cover the longest sequences, 3 ", {"bias": torch.ones(2, 2, 3)}),
+    "table": (ValueError, r"bias.table must have shape \(buckets, 2\)", {"bias": (torch.ones(4, 3), LUT)}),
+    "lut-dtype": (TypeError, "bias.lut must be int16 or int32", {"bias": (torch.ones(4, 2), LUT.long())}),
+    "lut-even": (ValueError, "bias.lut must have an odd length", {"bias": (torch.ones(4, 2), LUT[:4])}),
+    "lut-values": (ValueError, "bias.lut must hold buckets 0..3", {"bias": (torch.ones(4, 2), LUT + 4)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
+def test_rules(backend, rule):
+    error, message, options = RULES[rule]
+    if isinstance(options["bias"] if "bias" in options else None, tuple):
+        options = {"bias": fa.RelativeBias(*options["bias"])}
+    with pytest.raises(error, match=f"^varlen_attention: {message}.*; got "):
+        fa.varlen_attention(Q, Q, Q, CU, **options)
+
+
+def test_gpu_kernels_refuse(capsys):
+    assert fa.explain("varlen_attention", Q, Q, Q, CU, softcap=1.0) in ("cpu", "reference")
+    with pytest.raises(NotImplementedError, match="refuses: has no softcap, alibi_slopes, bias or dropout"):
+        with fa.use_backend("triton"):
+            fa.varlen_attention(Q, Q, Q, CU, softcap=1.0)
+
+
+def test_private_ops_check_what_protects_memory(native):
+    options = (None, 5, 5, 1.0, -1, -1, False)
+    wrong = [
+        ((-1.0,), "softcap must be"),
+        ((0.0, torch.ones(3)), "alibi_slopes must be"),
+        ((0.0, None, torch.ones(2, 3, 3)), "bias must be a CPU tensor"),
+        ((0.0, None, torch.ones(1, 2, 2, 3)), "bias must cover"),
+        ((0.0, None, None, torch.ones(4, 2)), "rel_table and rel_lut"),
+        ((0.0, None, None, torch.ones(4, 2), LUT - 1), "rel_lut must hold buckets"),
+        ((0.0, None, None, None, None, 1.0), "dropout_p must lie"),
+        ((0.0, None, None, None, None, 0.5), "rng must be"),
+    ]
+    for scores, message in wrong:
+        with pytest.raises((RuntimeError, ValueError), match=f"varlen_attention: {message}.*; got "):
+            op("varlen_attention_fwd")(Q, Q, Q, CU, CU, *options, *scores)
