@@ -46,7 +46,12 @@ def section(op, lines, note=""):
     devices = records.newest(lines, op)
     if not devices:
         return "No measurement has been recorded yet."
-    parts = [_device_table(list(cases.values())) for cases in devices.values()]
+    parts = []
+    for slug, cases in devices.items():
+        parts.append(_device_table(list(cases.values())))
+        plot = f"benchmarks/plots/{op}-{slug}.png"
+        if (records.ROOT / plot).exists():
+            parts.append(f"![{op}, {slug}]({plot})")
     return "\n\n".join(parts + [note] if note else parts)
 
 
@@ -56,9 +61,17 @@ def _device_table(groups):
     timed_by_graph = any(line["ms"] is not None for line in every)
     header = ["case", "pass", "floor", *providers, "rate", "of floor", "ours / best peer"]
     rows = [_row(group, providers, timed_by_graph) for group in groups]
+    if len(_float_dtypes(every)) > 1:
+        for row, group in zip(rows, groups):
+            row[0] += f" {group[0]['dtype']}"
     rule = ["---"] * 2 + ["---:"] * (len(header) - 3) + ["---"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
     return "\n\n".join([_heading(every, timed_by_graph), table, _score(groups)])
+
+
+def _float_dtypes(lines):
+    """The dtypes of the lines; a mask's says nothing."""
+    return list(dict.fromkeys(line["dtype"] for line in lines if "float" in line["dtype"]))
 
 
 def _heading(lines, timed_by_graph):
@@ -72,8 +85,7 @@ def _heading(lines, timed_by_graph):
     copy, matmul = significant(newest["copy_bytes_per_s"] * 1e-9), significant(newest["matmul_flops_per_s"] * 1e-12)
     floors = f"copy {copy} GB/s, {newest['matmul_dtype']} matmul {matmul} TFLOP/s"
     how = f"CUDA-graph time; {WALL} = wall time, the call cannot be captured" if timed_by_graph else "wall time"
-    dtypes = dict.fromkeys(line["dtype"] for line in lines if "float" in line["dtype"])  # a mask's says nothing
-    about = ", ".join([f"**{newest['device']}**", dates, *dtypes, *versions])
+    about = ", ".join([f"**{newest['device']}**", dates, *_float_dtypes(lines), *versions])
     return f"{about}. Measured floors: {floors}. Milliseconds, median {how}."
 
 
