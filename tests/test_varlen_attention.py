@@ -301,10 +301,12 @@ def test_layouts_give_the_same_bits(backend, layout, place):
     "backend, case, dtype", combinations([Case("", [5, 66, 20], interpreted=True)], [F32, F16]), indirect=["backend"]
 )
 def test_spellings_give_the_same_bits(backend, case, dtype, place):
-    """int64 offsets, hints larger than needed, a leading dim of 1 and default arguments change nothing."""
+    """int64 or strided offsets, hints larger than needed, a leading dim of 1 and default arguments change nothing."""
     x = make(case, dtype, place)
     want = run(x)
     same_bits(run(x._replace(cu_q=x.cu_q.long(), cu_k=x.cu_k.long())), want)
+    spread = x.cu_q.repeat_interleave(2)[::2]
+    same_bits(run(x._replace(cu_q=spread, cu_k=spread)), want)
     same_bits(run(x, max_seqlen_q=4000, max_seqlen_k=5000), want)
     same_bits(run(x, max_seqlen_q=66, max_seqlen_k=66), want)
     assert torch.equal(fa.varlen_attention(*x[:3], x.cu_q), want["out"])

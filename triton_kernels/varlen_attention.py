@@ -358,7 +358,8 @@ def _unit(q, scale):
 
 def _constants(q, k, v, cu_q, cu_k, left, right, top_left, scale):
     """The constexpr arguments after HEADS, in the kernels' order, and whether both sides share cu_seqlens."""
-    width, width_v, itself = q.shape[2], v.shape[2], cu_k.data_ptr() == cu_q.data_ptr()
+    width, width_v = q.shape[2], v.shape[2]
+    itself = cu_k.data_ptr() == cu_q.data_ptr() and q.shape[0] == k.shape[0]
     # One padded width for both: a value block narrower than the key block was computed wrongly in half precision
     # (triton 3.6.0, H100, widths 40 and 8).
     block = max(16, triton.next_power_of_2(max(width, width_v)))

@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& q, const Tensor& k
   args.window_left = static_cast<int>(std::min<int64_t>(window_left, 1 << 30));
   args.window_right = static_cast<int>(std::min<int64_t>(window_right, 1 << 30));
   args.top_left = top_left;
-  args.self_attention = args.cu_seqlens_q == args.cu_seqlens_k;
+  args.self_attention = args.cu_seqlens_q == args.cu_seqlens_k && total_q == total_k;
   args.scale_log2 = static_cast<float>(scale * 1.4426950408889634);
 
   const int64_t slots = tiles ? tiles->size(0) : total_q / kTile + cu_q.size(0);

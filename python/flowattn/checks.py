@@ -51,7 +51,7 @@ def cu_seqlens(op, name, cu, total, device):
         if values[0] != 0 or values[-1] > total or values != sorted(values):
             rule = f"{name} must start at 0, never decrease and end at or before the {total} packed rows"
             fail(op, rule, values if len(values) < 20 else f"{values[:20]}...")
-    return cu if cu.dtype == torch.int32 else cu.to(torch.int32)
+    return cu.to(torch.int32).contiguous()  # neither copies what is right already; the kernels read it at stride 1
 
 
 def autocast(*tensors):
