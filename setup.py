@@ -33,6 +33,7 @@ from build_backend import TORCH_MINIMUM, installed_torch
 
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = ROOT / "python" / "flowattn"
+CSRC = Path("../../csrc")  # as the compilers see it: ninja runs in build/<name>, and a moved checkout keeps its objects
 MODULES = ("_C", "_host")
 STABLE_ABI_TARGET = "0x{:02x}{:02x}000000000000".format(*TORCH_MINIMUM)
 PYTHON_ABI_TARGET = "0x030a0000"  # Python 3.10
@@ -114,8 +115,12 @@ def cuda_archs():
     return archs
 
 
+def sources(pattern):
+    return sorted(CSRC / path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob(pattern))
+
+
 def cuda_sources():
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return sources("cuda/*.cu")
 
 
 class Ninja:
@@ -148,7 +153,7 @@ class Ninja:
 
 
 def nvcc_flags(archs):
-    includes = [f"-I{ROOT / 'csrc'}", f"-isystem={installed_torch() / 'include'}"]
+    includes = [f"-I{CSRC}", f"-isystem={installed_torch() / 'include'}"]
     codes = []
     for arch in archs:
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -217,10 +222,10 @@ class BuildNative(build_ext):
 
     def add_kernels(self, ninja, cuda):
         includes = [f"-isystem {path}" for path in (installed_torch() / "include", sysconfig.get_path("include"))]
-        common = [f"-I{ROOT / 'csrc'}", *includes]
+        common = [f"-I{CSRC}", *includes]
         common += [f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}", f"-DPy_LIMITED_API={PYTHON_ABI_TARGET}"]
         objects = []
-        for source in [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]:
+        for source in [CSRC / "ops.cpp", *sources("cpu/*.cpp")]:
             if source.stem.endswith("_kernel"):
                 isas = ISAS if os.uname().machine == "x86_64" else {"baseline": []}
                 for isa, flags in isas.items():
@@ -238,9 +243,9 @@ class BuildNative(build_ext):
     def add_host(self, ninja):
         includes = [f"-isystem {path}" for path in (find_pybind11(), sysconfig.get_path("include"))]
         objects = []
-        for source in sorted((ROOT / "csrc" / "host").glob("*.cpp")):
+        for source in sources("host/*.cpp"):
             objects.append(f"host_{source.stem}.o")
-            ninja.edge("cxx", objects[-1], [source], flags=[*CXXFLAGS, f"-I{ROOT / 'csrc'}", *includes])
+            ninja.edge("cxx", objects[-1], [source], flags=[*CXXFLAGS, f"-I{CSRC}", *includes])
         ninja.edge("link", "_host.so", objects, flags=[])
 
 
