@@ -31,8 +31,9 @@ def bias_residual_layer_norm(x, bias, residual, weight, ln_bias, index, eps, wan
         rows = z.shape[0]
         unused = ((index < 0) | (index >= rows))[:, None]
         z = torch.cat([z, z.new_zeros(1, z.shape[1])])[torch.where(unused[:, 0], rows, index)]
-    centred = z - z.mean(-1, keepdim=True)
-    centred = centred - centred.mean(-1, keepdim=True)  # the rounding of the mean: 1 / sqrt(eps) can make it large
+    # Shifted first: a constant row becomes 0 exactly, where 1 / sqrt(eps) would blow up the rounding of its mean.
+    centred = z - z[..., :1].detach()
+    centred = centred - centred.mean(-1, keepdim=True)
     y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     y = _add(y if weight is None else y * weight.to(dtype), _wide(ln_bias, dtype))
     if unused is not None:
