@@ -175,7 +175,9 @@ def _lut(op, q, lut, buckets):
 
 def _dense(op, q, batch, bias):
     if not isinstance(bias, torch.Tensor):
-        checks.fail(op, "bias must be a tensor, a RelativeBias or a DisentangledBias", type(bias).__name__, error=TypeError)
+        checks.fail(
+            op, "bias must be a tensor, a RelativeBias or a DisentangledBias", type(bias).__name__, error=TypeError
+        )
     shape, heads = tuple(bias.shape), q.shape[1]
     bias = bias[None] if bias.dim() == 3 else bias
     if bias.dim() != 4 or bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads):

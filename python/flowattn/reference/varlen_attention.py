@@ -64,9 +64,9 @@ def position_bias(b, lq, lk, shift, work, device, alibi_slopes, bias, rel_table,
 
 
 def disentangled_bias(q, k, scale, shift, position_keys, position_queries, lut):
-    """scale * (q_i . position_keys[x] + k_j . position_queries[x]) of one sequence, (H, lq, lk): x = lut[j - i - shift].
+    """scale * (q_i . position_keys[x] + k_j . position_queries[x]) of one sequence, x = lut[j - i - shift]: (H, lq, lk).
 
-    q, k: (lq, H, D) and (lk, Hkv, D); the tables are (rows, H, D), either may be None.
+    q (lq, H, D), k (lk, Hkv, D); the tables are (rows, H, D), either may be None.
     """
     (lq, heads, _), lk, reach = q.shape, k.shape[0], lut.shape[0] // 2
     distance = torch.arange(lk, device=q.device) - torch.arange(lq, device=q.device)[:, None] - shift
