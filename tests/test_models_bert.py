@@ -22,14 +22,16 @@ CONFIGS = {
     "roberta": lambda: transformers.RobertaConfig(**TINY, intermediate_size=48, type_vocab_size=2),
     "xlm-roberta": lambda: transformers.XLMRobertaConfig(**TINY, intermediate_size=48, type_vocab_size=2),
     "camembert": lambda: transformers.CamembertConfig(**TINY, intermediate_size=48, type_vocab_size=2),
-    "albert": lambda: transformers.AlbertConfig(**TINY, intermediate_size=48, embedding_size=16),
+    "albert": lambda: transformers.AlbertConfig(
+        **TINY, intermediate_size=48, embedding_size=16, attention_probs_dropout_prob=0.1
+    ),
     "albert-groups": lambda: transformers.AlbertConfig(
         **TINY | {"num_hidden_layers": 5},
         intermediate_size=48,
         embedding_size=16,
         num_hidden_groups=2,
         inner_group_num=2,
-    ),
+    ),  # fmt: skip
     "distilbert": lambda: transformers.DistilBertConfig(**TINY, hidden_dim=48),
 }
 MASKS = {
@@ -80,7 +82,7 @@ def test_matches_transformers(name, mask):
     first = real[:, 0]  # elsewhere transformers pools a padding position
     torch.testing.assert_close(ours.pooler_output[first], theirs.pooler_output[first], atol=TOLERANCE, rtol=0)
     tokens = ours.last_hidden_state[torch.arange(3), real.int().argmax(1)]  # the first real token of each row
-    expected = model.pooler(tokens[:, None]).where(real.any(1)[:, None], 0.0)
+    expected = encoder.pooler(tokens[:, None]).where(real.any(1)[:, None], 0.0)
     torch.testing.assert_close(ours.pooler_output, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -97,7 +99,7 @@ def test_roberta_positions_follow_the_ids():
 def test_position_ids_and_inputs_embeds(name):
     model = build(name)
     ids, mask, real = inputs(MASKS["holes"])
-    embeds = torch.randn(3, 7, 32)
+    embeds = torch.randn(3, 7, model.get_input_embeddings().embedding_dim)
     positions = torch.randint(2, 20, (1, 7))
     encoder = PaddingFreeEncoder.from_hf(model)
     with torch.no_grad():

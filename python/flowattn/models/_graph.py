@@ -72,6 +72,5 @@ class CapturedEncoder:
             self._types[here] = token_type_ids.to(self._types.device)
         self._graph.replay()
         hidden, pooled, _ = self._out
-        return self._out._replace(
-            last_hidden_state=hidden[here], pooler_output=None if pooled is None else pooled[:batch]
-        )
+        pooled = None if pooled is None else pooled[:batch]
+        return self._out._replace(last_hidden_state=hidden[here], pooler_output=pooled)

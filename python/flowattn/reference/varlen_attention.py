@@ -64,7 +64,7 @@ def position_bias(b, lq, lk, shift, work, device, alibi_slopes, bias, rel_table,
 
 
 def disentangled_bias(q, k, scale, shift, position_keys, position_queries, lut):
-    """scale * (q_i . position_keys[x] + k_j . position_queries[x]) of one sequence, x = lut[j - i - shift]: (H, lq, lk).
+    """scale * (q_i . position_keys[x] + k_j . position_queries[x]) of a sequence, x = lut[j - i - shift]: (H, lq, lk).
 
     q (lq, H, D), k (lk, Hkv, D); the tables are (rows, H, D), either may be None.
     """
