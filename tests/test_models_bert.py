@@ -31,7 +31,7 @@ CONFIGS = {
         embedding_size=16,
         num_hidden_groups=2,
         inner_group_num=2,
-    ),  # fmt: skip
+    ),
     "distilbert": lambda: transformers.DistilBertConfig(**TINY, hidden_dim=48),
 }
 MASKS = {

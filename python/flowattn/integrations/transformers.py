@@ -18,6 +18,7 @@ from flowattn.ops.varlen_attention import varlen_attention
 
 _OP = "flowattn attention"
 _OTHERS = 'use attn_implementation="sdpa" or "eager" instead'
+_NO_POOLER = ("distilbert", "deberta", "deberta-v2")  # models whose output has no field for one
 _UNDO = "del model.base_model.forward restores the original"
 
 # Mask or position ids -> what was derived from it, so that one forward pass plans once and not in every layer.
@@ -244,7 +245,7 @@ def _rows(x):
 
 
 def padding_free(model):
-    """Make a BERT, RoBERTa or DistilBERT model, or a ...For... wrapper of one, run padding-free; return the model.
+    """Make a BERT, RoBERTa, DistilBERT, ALBERT or DeBERTa model, or a ...For... wrapper of one, run padding-free.
 
     Only the base model's forward is replaced: its modules, parameters and state-dict keys stay, and so do the outputs
     at real tokens. Padding positions are 0 and never computed; the pooler pools the first real token of each row (see
@@ -284,7 +285,7 @@ class _PaddingFreeForward:
             output_hidden_states=self.config.output_hidden_states if wanted is None else wanted,
         )
         result = {"last_hidden_state": out.last_hidden_state, "hidden_states": out.hidden_states}
-        if self.config.model_type == "distilbert":
+        if self.config.model_type in _NO_POOLER:
             result = BaseModelOutput(**result)
         else:
             result = BaseModelOutputWithPoolingAndCrossAttentions(pooler_output=out.pooler_output, **result)

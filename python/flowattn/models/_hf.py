@@ -102,7 +102,8 @@ def _albert(model):
     """A few layers, each used several times in a row; embeddings narrower than the layers."""
     encoder, config = model.encoder, model.config
     groups = [[_albert_layer(layer) for layer in group.albert_layers] for group in encoder.albert_layer_groups]
-    order = [i * config.num_hidden_groups // config.num_hidden_layers for i in range(config.num_hidden_layers)]
+    count = config.num_hidden_layers
+    order = [int(i / (count / config.num_hidden_groups)) for i in range(count)]  # with the original's rounding
     pooler = None
     if model.pooler is not None:
         pooler = nn.Sequential(model.pooler, model.pooler_activation, nn.Flatten(1))

@@ -29,7 +29,8 @@ class PaddingFreeEncoder(nn.Module):
 
     The embeddings, every matmul, LayerNorm and attention run on T packed rows instead of B * S; the batch is packed
     once and unpacked once. At real tokens the result is that of the original model, at padding it is 0. Any mask
-    pattern is right: right and left padding, holes, empty rows.
+    pattern is right: right and left padding, holes, empty rows. Only DeBERTa differs under a mask with holes between
+    real tokens: its distances, and the windows of its convolution, count the real tokens and not the columns.
 
     `pooler_output` pools the first real token of each sequence, and is 0 for a sequence without one. The original pools
     column 0, which is the same token unless a row is padded on the left; there it pools a padding position.

@@ -70,10 +70,9 @@ class InterleavedAttention(DisentangledAttention):
 
 
 class ConvolvedLayer(nn.Module):
-    """norm(layer(x) + activation(dropout(conv(x)))), the convolution along the padded columns of each sequence.
+    """norm(layer(x) + activation(dropout(conv(x)))), the convolution along the rows of each sequence, zeros around it.
 
-    As in the original a padding column, also one between real tokens, enters a window as zeros. Windows are gathered
-    from the packed rows: (T, width, d), and one product.
+    Windows are gathered, (T, width, d), and multiplied at once.
     """
 
     def __init__(self, layer, conv, norm, dropout, activation):
@@ -89,11 +88,11 @@ class ConvolvedLayer(nn.Module):
         return self.norm(self.layer(x, plan, positions) + mixed)
 
     def _neighbours(self, plan):
-        """The packed rows (T, width) of the columns around each row's own, T for columns that hold no token."""
-        width, unused = self.conv.kernel_size[0], plan.indices.shape[0]
-        offsets = torch.arange(width, device=plan.indices.device) - width // 2
-        columns = plan.position_ids[:, None] + offsets
-        inside = (columns >= 0) & (columns < plan.padded_len) & (plan.indices >= 0)[:, None]
-        flat = (plan.indices[:, None] + offsets).clamp(0, max(plan.inverse.shape[0] - 1, 0))
-        rows = plan.inverse[flat.long()].long()
-        return rows.where(inside & (rows >= 0), unused)
+        """The rows (T, width) around each packed row, T for those that belong to another sequence or to none."""
+        width, total = self.conv.kernel_size[0], plan.indices.shape[0]
+        sequence = plan.indices // max(plan.padded_len, 1)  # negative in unused rows
+        rows = torch.arange(total, device=sequence.device)[:, None]
+        around = rows + torch.arange(width, device=sequence.device) - width // 2
+        inside = (around >= 0) & (around < total) & (sequence >= 0)[:, None]
+        around = around.clamp(0, max(total - 1, 0))
+        return around.where(inside & (sequence[around] == sequence[:, None]), total)

@@ -84,8 +84,8 @@ def deberta_lut(span, max_distance=None):
         bucket = torch.arange(span, -span - 1, -1)  # i - j, while the lut counts j - i
     else:
         middle, name = span // 2, "deberta_lut"
-        rule = "span must be >= 2 and max_distance must exceed span / 2 + 1"
-        checks.require(0 < middle < max_distance - 1, name, rule, (span, max_distance))
+        rule = "span must be even and positive, and max_distance must exceed span / 2 + 1"
+        checks.require(span % 2 == 0 < middle < max_distance - 1, name, rule, (span, max_distance))
         # Twice the distance that the rule is named for: there every rounding is past the end of the table.
         distance = torch.arange(2 * max_distance, -2 * max_distance - 1, -1)
         far = torch.log(distance.abs().clamp(min=1) / middle) / torch.log(torch.tensor((max_distance - 1) / middle))
