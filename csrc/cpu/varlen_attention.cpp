@@ -244,13 +244,13 @@ std::tuple<Tensor, Tensor> run_positions(VarlenAttention op, const Sequences& se
                  FA_ISA_CALL(varlen_attention_bwd_scratch, op), [&](int64_t begin, int64_t end, void* scratch) {
                    FA_ISA_CALL(varlen_attention_bwd_groups, op, list, begin, end, scratch);
                  });
-  const auto total = [&](const Tensor& parts, const void* sums) {
-    if (!sums) return parts;
+  const auto total = [&](const void* table, const Tensor& parts) {
+    if (!table || !want_tables) return parts;
     Tensor out = torch::stable::new_empty(like, {tables.rows, op.heads, op.width}, wide);
     is_double ? sum_tables<double>(parts, out) : sum_tables<float>(parts, out);
     return out;
   };
-  return {total(key_parts, op.dposition_keys), total(query_parts, op.dposition_queries)};
+  return {total(tables.keys, key_parts), total(tables.queries, query_parts)};
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
