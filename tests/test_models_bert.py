@@ -325,3 +325,45 @@ def test_cuda_graph_replays_another_mask():
         mask.copy_(torch.tensor(MASKS["holes"]))
         graph.replay()
         torch.testing.assert_close(out, encoder(ids, mask).last_hidden_state, atol=1e-3, rtol=0)
+
+
+def test_capture_needs_a_gpu():
+    with pytest.raises(NotImplementedError, match="capture: needs an encoder on a GPU; got cpu .call the"):
+        PaddingFreeEncoder.from_hf(build("bert").cpu()).capture(2, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert", "albert"))
+def test_captured_forward_is_the_eager_one(name):
+    """Replayed for batches of other sizes, lengths and masks, a smaller one after a larger one too."""
+    encoder = PaddingFreeEncoder.from_hf(build(name).cuda())
+    captured = encoder.capture(3, 7, capacity=16)
+    has_types = encoder.embeddings.types is not None
+    for mask, batch, length in (("holes", 3, 7), ("empty-row", 3, 7), ("left", 3, 7), ("right", 2, 4)):
+        ids, mask, _ = inputs([row[:length] for row in MASKS[mask][:batch]], batch, length)
+        types = torch.randint(0, 2, ids.shape) if has_types and mask[0, 0] else None
+        given = [None if x is None else x.cuda() for x in (ids, mask, types)]
+        with torch.no_grad():
+            ours, eager = captured(*given), encoder(*given)
+        torch.testing.assert_close(ours.last_hidden_state, eager.last_hidden_state, atol=TOLERANCE, rtol=0)
+        if eager.pooler_output is not None:
+            torch.testing.assert_close(ours.pooler_output, eager.pooler_output, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.gpu
+def test_captured_forward_refuses_what_does_not_fit():
+    model = build("bert").cuda()
+    encoder = PaddingFreeEncoder.from_hf(model)
+    captured = encoder.capture(2, 4, capacity=6)
+    ones = torch.ones(2, 4, dtype=torch.long, device="cuda")
+    with pytest.raises(ValueError, match=r"input_ids must have at most the shape \(2, 4\); got \(3, 4\)"):
+        captured(ones[:1].expand(3, 4))
+    with pytest.raises(ValueError, match="the batch may have at most 6 tokens; got 8 .capture again"):
+        captured(ones)
+    with pytest.raises(ValueError, match="attention_mask must have shape"):
+        captured(ones, ones[:1])
+    with pytest.raises(ValueError, match="capacity must lie in 1..8"):
+        encoder.capture(2, 4, capacity=9)
+    model.train()
+    with pytest.raises(ValueError, match="dropout must be off"):
+        encoder.capture(2, 4)

@@ -129,10 +129,9 @@ def norm_eps(norm):
 def dropout_p(dropout):
     """The probability that a dropout module applies now.
 
-    Its own flag decides: train() and eval() of the original model reach it, those of a module built on it may not. The
-    DeBERTa of transformers 4 names the probability otherwise.
+    Its own flag decides: train() and eval() of the original model reach it, those of a module built on it may not.
     """
-    return getattr(dropout, "p", getattr(dropout, "drop_prob", 0.0)) if dropout.training else 0.0
+    return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
 
 class SelfAttention(nn.Module):
