@@ -345,9 +345,9 @@ def test_captured_forward_is_the_eager_one(name):
         given = [None if x is None else x.cuda() for x in (ids, mask, types)]
         with torch.no_grad():
             ours, eager = captured(*given), encoder(*given)
-        torch.testing.assert_close(ours.last_hidden_state, eager.last_hidden_state, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(ours.last_hidden_state, eager.last_hidden_state, atol=1e-3, rtol=0)
         if eager.pooler_output is not None:
-            torch.testing.assert_close(ours.pooler_output, eager.pooler_output, atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(ours.pooler_output, eager.pooler_output, atol=1e-3, rtol=0)
 
 
 @pytest.mark.gpu

@@ -12,11 +12,11 @@ namespace flowattn::FLOWATTN_ISA_NAMESPACE {
 
 template <typename T>
 struct PositionScratch {
-  int64_t ldk;                            // of the products with keys
-  int32_t* row = nullptr;                 // (distances of the tile,), table rows counted from the lowest of the tile
-  T* packed;                              // (width, rows of the tile), transposed rows of the first table
-  T *of_queries, *dof_queries = nullptr;  // (query rows, rows of the tile)
-  T *of_keys, *dof_keys = nullptr;        // (rows of the key tile, ldk)
+  int64_t ldk;             // of the products with keys
+  int32_t* row = nullptr;  // (distances of the tile,), table rows counted from the lowest of the tile
+  T* packed = nullptr;     // (width, rows of the tile), transposed rows of the first table
+  T *of_queries = nullptr, *dof_queries = nullptr;  // (query rows, rows of the tile)
+  T *of_keys = nullptr, *dof_keys = nullptr;        // (rows of the key tile, ldk)
 
   PositionScratch(const VarlenAttention& op, ScratchCursor<T>& cursor) : ldk(padded(op.max_keys)) {
     const PositionTables& tables = op.scores.positions;
@@ -47,7 +47,8 @@ inline TableRows rows_between(const int32_t* row, int64_t n) {
   return {least, most + 1};
 }
 
-// One query tile of one head. Distances count from the tile's lowest: `d` is that of the first key in question.
+// One query tile of one head. `d` is the distance of a row from the first key in question, counted from the lowest
+// distance of the tile: row[d], row[d + 1], ... are the table rows of the keys that follow.
 template <typename T>
 class PositionTerms {
  public:

@@ -273,6 +273,11 @@ Gradients backward(const Tensor& dout, const std::optional<Tensor>& dlse, const 
   if (dlse) op.dlse = row_values(*dlse);
 
   const Sequences sequences(op, cu_q.size(0) - 1);
+  if (op.scores.positions.rows) {
+    auto [dkeys, dqueries] = run_positions(op, sequences, q, want_dbias);
+    clear_rest_of_gradients(op, cu_q, dq, dk, dv);
+    return {dq, dk, dv, dkeys, dqueries};
+  }
   const bool want_dense = want_dbias && bias, want_table = want_dbias && table;
   Tensor dbias = want_dense ? torch::stable::new_zeros(q, bias->sizes(), wide) : nothing(wide);
   const bool shared = want_dense && (bias->size(0) < sequences.count() || bias->size(1) < op.heads);
@@ -285,12 +290,6 @@ Gradients backward(const Tensor& dout, const std::optional<Tensor>& dlse, const 
   if (want_table) {
     parts = torch::stable::new_empty(q, {sequences.query_tiles(), op.heads, op.scores.buckets}, wide);
     op.dtable = parts->mutable_data_ptr();
-  }
-
-  if (op.scores.positions.rows) {
-    auto [dkeys, dqueries] = run_positions(op, sequences, q, want_dbias);
-    clear_rest_of_gradients(op, cu_q, dq, dk, dv);
-    return {dq, dk, dv, dkeys, dqueries};
   }
 
   // One pass takes 5 matrix products a tile but cannot share a head of a sequence between threads; two passes take 7.

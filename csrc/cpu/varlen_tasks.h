@@ -74,7 +74,7 @@ class Sequences {
     std::vector<VarlenTask> tasks;
     begins.assign(1, 0);
     for (int64_t g = 0; g < std::min(groups, count()); ++g, begins.push_back(tasks.size())) {
-      for (int64_t place = g; place < count(); place += groups) {  // order_ falls slowly from one to the next
+      for (int64_t place = g; place < count(); place += groups) {  // neighbours in order_ have about the same work
         const int64_t b = order_[place];
         tasks.push_back({b, 0, queries(b), 0, keys(b), first_tile_[b], g});
       }
