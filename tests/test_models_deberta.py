@@ -89,6 +89,15 @@ def test_holes_count_real_tokens(name):
             torch.testing.assert_close(ours[row, real[row]], theirs, atol=TOLERANCE, rtol=0)
 
 
+def test_token_types_without_token_types():
+    """The tokenizer of DeBERTa returns them, and models without ignore them."""
+    model = make("v3")
+    ids, mask, real = inputs(MASKS["right"])
+    types = torch.ones_like(ids)
+    with torch.no_grad():
+        same(PaddingFreeEncoder.from_hf(model)(ids, mask, types)[0], model(ids, mask, types)[0], real)
+
+
 def gradients(model, run, ids, mask, real, weights):
     out = run(ids, mask)[0]
     (out * weights)[real].sum().backward()
@@ -204,3 +213,14 @@ def test_padding_free_replaces_the_forward():
         ours = padding_free(model)(ids, attention_mask=mask)
     assert type(ours) is type(theirs)
     same(ours.last_hidden_state, theirs.last_hidden_state, real)
+
+
+@pytest.mark.parametrize("name, wrapper", [("v1", "DebertaForMaskedLM"), ("v3", "DebertaV2ForTokenClassification")])
+def test_padding_free_wrapper(name, wrapper):
+    padding_free = pytest.importorskip("flowattn.integrations.transformers").padding_free
+    model = getattr(transformers, wrapper)(CONFIGS[name]()).eval()
+    ids, mask, real = inputs(MASKS["right"])
+    with torch.no_grad():
+        theirs = model(ids, attention_mask=mask).logits
+        ours = padding_free(model)(ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours[real], theirs[real], atol=TOLERANCE, rtol=0)

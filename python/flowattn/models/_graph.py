@@ -34,7 +34,7 @@ class CapturedEncoder:
         self._ids, self._types = torch.zeros(2, *self.shape, dtype=torch.long, device=weight.device).unbind(0)
         self._mask = (torch.arange(rows, device=weight.device) < self.capacity).view(self.shape)
         inputs = (self._ids, self._mask, None if encoder.embeddings.types is None else self._types)
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph, self._embeddings = torch.cuda.CUDAGraph(), encoder.embeddings
         with torch.no_grad(), torch.cuda.device(weight.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -43,7 +43,6 @@ class CapturedEncoder:
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(self._graph):
                 self._out = encoder(*inputs, capacity=self.capacity)
-        self._has_types = inputs[2] is not None
 
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None):
         """Encode input_ids (b, s) under attention_mask (b, s), non-zero = real token, None = all.
@@ -57,9 +56,7 @@ class CapturedEncoder:
         for name, given in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
             if given is not None:
                 checks.require(given.shape == shape, _NAME, f"{name} must have shape {shape}", tuple(given.shape))
-        if token_type_ids is not None:
-            rule = "token_type_ids must be None for a model without token types"
-            checks.require(self._has_types, _NAME, rule, shape)
+        token_type_ids = self._embeddings.checked_types(token_type_ids)
         if self.capacity < self._mask.numel():
             tokens = batch * length if attention_mask is None else int(attention_mask.count_nonzero())
             rule = f"the batch may have at most {self.capacity} tokens"

@@ -143,7 +143,7 @@ def _deberta(model):
 
 def _deberta_embeddings(embeddings):
     """Positions and token types are optional; narrow embeddings are widened before the LayerNorm."""
-    return _embeddings(embeddings, before_norm=embeddings.embed_proj)
+    return _embeddings(embeddings, before_norm=embeddings.embed_proj, ignore_types=True)
 
 
 def _deberta_attention(own):

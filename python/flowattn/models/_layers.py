@@ -14,24 +14,32 @@ class PackedEmbeddings(nn.Module):
     """dropout(norm(word + token type + position)) at the packed rows, each part in its own module or None.
 
     before_norm, after: projections of models whose embeddings are narrower than their layers.
-
+    ignore_types: a model without token types takes token_type_ids all the same, as DeBERTa does.
     padding_idx: None numbers positions by padded column (BERT, DistilBERT); an id numbers them as RoBERTa does, from
     padding_idx + 1 over the input ids that differ from it. As in RoBERTa the ids decide, not the attention mask.
     """
 
     def __init__(
-        self, words, norm, dropout, *, types=None, positions=None, padding_idx=None, before_norm=None, after=None
-    ):
+        self, words, norm, dropout, *, types=None, positions=None, padding_idx=None, before_norm=None, after=None,
+        ignore_types=False,
+    ):  # fmt: skip
         super().__init__()
         self.words, self.types, self.positions = words, types, positions
         self.before_norm, self.norm, self.dropout, self.after = before_norm, norm, dropout, after
-        self.padding_idx = padding_idx
+        self.padding_idx, self.ignore_types = padding_idx, ignore_types
+
+    def checked_types(self, token_type_ids):
+        """token_type_ids, or None where the model ignores them; ValueError where it has no use for them."""
+        if token_type_ids is None or self.types is not None:
+            return token_type_ids
+        rule = "token_type_ids must be None for a model without token types"
+        checks.require(self.ignore_types, "PaddingFreeEncoder", rule, tuple(token_type_ids.shape))
+        return None
 
     def forward(self, plan, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
         x = self.words(pack(input_ids, plan)) if inputs_embeds is None else pack(inputs_embeds, plan)
+        token_type_ids = self.checked_types(token_type_ids)
         if token_type_ids is not None:
-            rule = "token_type_ids must be None for a model without token types"
-            checks.require(self.types is not None, "PaddingFreeEncoder", rule, tuple(token_type_ids.shape))
             x = x + self.types(pack(token_type_ids.expand(plan.batch, plan.padded_len), plan))
         elif self.types is not None:
             x = x + self.types.weight[0]
