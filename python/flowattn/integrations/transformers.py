@@ -258,9 +258,10 @@ def _rows(x):
 def padding_free(model):
     """Make a BERT, RoBERTa, DistilBERT, ALBERT or DeBERTa model, or a ...For... wrapper of one, run padding-free.
 
-    Returns the model. Only the base model's forward is replaced: its modules, parameters and state-dict keys stay, and so do the outputs
-    at real tokens. Padding positions are 0 and never computed; the pooler pools the first real token of each row (see
-    models.bert.PaddingFreeEncoder). Deleting `model.base_model.forward` undoes it. One host sync a forward on a GPU.
+    Returns the model. Only the base model's forward is replaced: its modules, parameters and state-dict keys stay, and
+    so do the outputs at real tokens. Padding positions are 0 and never computed; the pooler pools the first real token
+    of each row (see models.bert.PaddingFreeEncoder). Deleting `model.base_model.forward` undoes it. One host sync a
+    forward on a GPU.
     """
     base = getattr(model, "base_model", model)
     if not isinstance(getattr(base.forward, "__self__", None), _PaddingFreeForward):
