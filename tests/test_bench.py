@@ -129,6 +129,14 @@ def test_failing_peer_does_not_end_the_run():
     assert made["broken", "fwd"]["note"] == "RuntimeError: no kernel"
 
 
+def test_resident_bytes_count_like_inputs(monkeypatch):
+    seen = []
+    monkeypatch.setattr(timing, "copies", lambda count, device: seen.append(count) or 2)
+    (case,) = double_module().cases(CPU, quick=False)
+    harness.measure(case._replace(resident=1000), harness.Bound(lambda x: 2 * x), "fwd", CPU)
+    assert seen == [1000 + 6 * 4]
+
+
 def test_layout_conversions_are_outside_the_clock():
     """A peer with transposed inputs and outputs is checked in the case's layout, gradients too."""
     flipped = harness.Bound(lambda x: 2 * x, prepare=lambda x: x.flip(0), collect=lambda x: x.flip(0))

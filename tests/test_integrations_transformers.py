@@ -319,6 +319,7 @@ WRAPPERS = {
     "bert": "BertForSequenceClassification",
     "roberta": "RobertaForTokenClassification",
     "distilbert": "DistilBertForMaskedLM",
+    "albert": "AlbertForTokenClassification",
 }
 
 

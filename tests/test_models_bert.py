@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import flowattn as fa
-from flowattn.models import bert
-from flowattn.models.bert import FusedProjection, PaddingFreeEncoder
+from flowattn.models import _layers, bert
+from flowattn.models._layers import FusedProjection
+from flowattn.models.bert import PaddingFreeEncoder
 from flowattn.reference.dropout import keep_mask
 
 transformers = pytest.importorskip("transformers")
@@ -21,6 +22,16 @@ CONFIGS = {
     "roberta": lambda: transformers.RobertaConfig(**TINY, intermediate_size=48, type_vocab_size=2),
     "xlm-roberta": lambda: transformers.XLMRobertaConfig(**TINY, intermediate_size=48, type_vocab_size=2),
     "camembert": lambda: transformers.CamembertConfig(**TINY, intermediate_size=48, type_vocab_size=2),
+    "albert": lambda: transformers.AlbertConfig(
+        **TINY, intermediate_size=48, embedding_size=16, attention_probs_dropout_prob=0.1
+    ),
+    "albert-groups": lambda: transformers.AlbertConfig(
+        **TINY | {"num_hidden_layers": 5},
+        intermediate_size=48,
+        embedding_size=16,
+        num_hidden_groups=2,
+        inner_group_num=2,
+    ),
     "distilbert": lambda: transformers.DistilBertConfig(**TINY, hidden_dim=48),
 }
 MASKS = {
@@ -32,9 +43,9 @@ MASKS = {
 }
 
 
-def build(name):
+def build(name, implementation="sdpa", configs=CONFIGS):
     torch.manual_seed(0)
-    model = transformers.AutoModel.from_config(CONFIGS[name](), attn_implementation="sdpa").eval()
+    model = transformers.AutoModel.from_config(configs[name](), attn_implementation=implementation).eval()
     with torch.no_grad():  # the initial biases are 0 and the initial weights small: neither would show in the output
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -71,7 +82,7 @@ def test_matches_transformers(name, mask):
     first = real[:, 0]  # elsewhere transformers pools a padding position
     torch.testing.assert_close(ours.pooler_output[first], theirs.pooler_output[first], atol=TOLERANCE, rtol=0)
     tokens = ours.last_hidden_state[torch.arange(3), real.int().argmax(1)]  # the first real token of each row
-    expected = model.pooler(tokens[:, None]).where(real.any(1)[:, None], 0.0)
+    expected = encoder.pooler(tokens[:, None]).where(real.any(1)[:, None], 0.0)
     torch.testing.assert_close(ours.pooler_output, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -84,11 +95,11 @@ def test_roberta_positions_follow_the_ids():
         same(PaddingFreeEncoder.from_hf(model)(ids, mask)[0], model(ids, attention_mask=mask)[0], mask != 0)
 
 
-@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert"))
+@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert", "albert"))
 def test_position_ids_and_inputs_embeds(name):
     model = build(name)
     ids, mask, real = inputs(MASKS["holes"])
-    embeds = torch.randn(3, 7, 32)
+    embeds = torch.randn(3, 7, model.get_input_embeddings().embedding_dim)
     positions = torch.randint(2, 20, (1, 7))
     encoder = PaddingFreeEncoder.from_hf(model)
     with torch.no_grad():
@@ -97,18 +108,19 @@ def test_position_ids_and_inputs_embeds(name):
             same(encoder(attention_mask=mask, **given).last_hidden_state, theirs.last_hidden_state, real)
 
 
-def test_hidden_states_of_every_layer():
-    model = build("bert")
+@pytest.mark.parametrize("name", ("bert", "albert", "albert-groups"))
+def test_hidden_states_of_every_layer(name):
+    model = build(name)
     ids, mask, real = inputs(MASKS["left"])
     with torch.no_grad():
         theirs = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states
         ours = PaddingFreeEncoder.from_hf(model)(ids, mask, output_hidden_states=True).hidden_states
-    assert len(ours) == len(theirs) == 3
+    assert len(ours) == len(theirs) == 1 + len(PaddingFreeEncoder.from_hf(model).layers)
     for a, b in zip(ours, theirs):
         same(a, b, real)
 
 
-@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert"))
+@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert", "albert", "albert-groups"))
 def test_gradient_of_every_parameter(name):
     model = build(name)
     for module in model.modules():
@@ -182,8 +194,8 @@ def test_packs_and_unpacks_once(monkeypatch):
 
         return wrapper
 
-    for name in calls:
-        monkeypatch.setattr(bert, name, counted(name, getattr(bert, name)))
+    for module, name in ((bert, "pack_plan"), (_layers, "pack"), (bert, "unpack")):
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     ids, mask, _ = inputs(MASKS["right"])
     with torch.no_grad():
         PaddingFreeEncoder.from_hf(build("bert"))(ids, mask)
@@ -220,10 +232,10 @@ def test_projection_follows_its_layers():
             torch.testing.assert_close(fused(x), torch.cat([layer(x) for layer in fused.layers], -1))
 
     check()
-    weights = bert._joined([layer.weight for layer in layers])  # with gradients: a copy
+    weights = _layers.joined([layer.weight for layer in layers])  # with gradients: a copy
     assert weights.data_ptr() != layers[0].weight.data_ptr()
     with torch.no_grad():
-        assert bert._joined([layer.weight for layer in layers]).data_ptr() == layers[0].weight.data_ptr()
+        assert _layers.joined([layer.weight for layer in layers]).data_ptr() == layers[0].weight.data_ptr()
         layers[1].weight.add_(1.0)
     check()
     layers[0].weight.data = torch.randn(4, 8)
@@ -241,7 +253,7 @@ def philox_dropout(probabilities, p=0.5, training=True, inplace=False):
     return probabilities * keep / (1 - p)
 
 
-@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert"))
+@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert", "albert"))
 def test_attention_dropout_in_training(name, monkeypatch):
     """Outputs and gradients are those of transformers' eager attention under the same dropout mask."""
     config = CONFIGS[name]()
@@ -313,3 +325,45 @@ def test_cuda_graph_replays_another_mask():
         mask.copy_(torch.tensor(MASKS["holes"]))
         graph.replay()
         torch.testing.assert_close(out, encoder(ids, mask).last_hidden_state, atol=1e-3, rtol=0)
+
+
+def test_capture_needs_a_gpu():
+    with pytest.raises(NotImplementedError, match="capture: needs an encoder on a GPU; got cpu .call the"):
+        PaddingFreeEncoder.from_hf(build("bert").cpu()).capture(2, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("bert", "roberta", "distilbert", "albert"))
+def test_captured_forward_is_the_eager_one(name):
+    """Replayed for batches of other sizes, lengths and masks, a smaller one after a larger one too."""
+    encoder = PaddingFreeEncoder.from_hf(build(name).cuda())
+    captured = encoder.capture(3, 7, capacity=16)
+    has_types = encoder.embeddings.types is not None
+    for mask, batch, length in (("holes", 3, 7), ("empty-row", 3, 7), ("left", 3, 7), ("right", 2, 4)):
+        ids, mask, _ = inputs([row[:length] for row in MASKS[mask][:batch]], batch, length)
+        types = torch.randint(0, 2, ids.shape) if has_types and mask[0, 0] else None
+        given = [None if x is None else x.cuda() for x in (ids, mask, types)]
+        with torch.no_grad():
+            ours, eager = captured(*given), encoder(*given)
+        torch.testing.assert_close(ours.last_hidden_state, eager.last_hidden_state, atol=1e-3, rtol=0)
+        if eager.pooler_output is not None:
+            torch.testing.assert_close(ours.pooler_output, eager.pooler_output, atol=1e-3, rtol=0)
+
+
+@pytest.mark.gpu
+def test_captured_forward_refuses_what_does_not_fit():
+    model = build("bert").cuda()
+    encoder = PaddingFreeEncoder.from_hf(model)
+    captured = encoder.capture(2, 4, capacity=6)
+    ones = torch.ones(2, 4, dtype=torch.long, device="cuda")
+    with pytest.raises(ValueError, match=r"input_ids must have at most the shape \(2, 4\); got \(3, 4\)"):
+        captured(ones[:1].expand(3, 4))
+    with pytest.raises(ValueError, match="the batch may have at most 6 tokens; got 8 .capture again"):
+        captured(ones)
+    with pytest.raises(ValueError, match="attention_mask must have shape"):
+        captured(ones, ones[:1])
+    with pytest.raises(ValueError, match="capacity must lie in 1..8"):
+        encoder.capture(2, 4, capacity=9)
+    model.train()
+    with pytest.raises(ValueError, match="dropout must be off"):
+        encoder.capture(2, 4)

@@ -323,7 +323,7 @@ LUT = torch.zeros(5, dtype=torch.int16)
 RULES = {
     "alibi-dtype": (TypeError, "alibi_slopes must be float32", {"alibi_slopes": torch.ones(2, dtype=F64)}),
     "alibi-device": (ValueError, "alibi_slopes must be on the device of q", {"alibi_slopes": torch.ones(2).to("meta")}),
-    "bias-kind": (TypeError, "bias must be a tensor or a RelativeBias", {"bias": 1.0}),
+    "bias-kind": (TypeError, "bias must be a tensor, a RelativeBias or a Dis", {"bias": 1.0}),
     "bias-batch": (ValueError, "bias must have shape .* with B 1 or 2", {"bias": torch.ones(3, 2, 4, 4)}),
     "bias-dtype": (TypeError, "bias must be float32 or have the dtype of q", {"bias": torch.ones(2, 4, 4).double()}),
     "bias-rows": (ValueError, "bias must cover the longest sequences, 3 ", {"bias": torch.ones(2, 2, 3)}),
@@ -358,7 +358,7 @@ def test_private_ops_check_what_protects_memory(native):
         ((0.0, torch.ones(3)), "alibi_slopes must be"),
         ((0.0, None, torch.ones(2, 3, 3)), "bias must be a CPU tensor"),
         ((0.0, None, torch.ones(1, 2, 2, 3)), "bias must cover"),
-        ((0.0, None, None, torch.ones(4, 2)), "rel_table and rel_lut"),
+        ((0.0, None, None, torch.ones(4, 2)), "a table and rel_lut"),
         ((0.0, None, None, torch.ones(4, 2), LUT - 1), "rel_lut must hold buckets"),
         ((0.0, None, None, None, None, 1.0), "dropout_p must lie"),
         ((0.0, None, None, None, None, 0.5), "rng must be"),

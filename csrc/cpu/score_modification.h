@@ -4,6 +4,7 @@
 
 #include "common/philox.h"
 #include "cpu/attention_tile.h"
+#include "cpu/position_terms.h"
 
 namespace flowattn::FLOWATTN_ISA_NAMESPACE {
 
@@ -11,8 +12,9 @@ template <typename T>
 struct ScoreScratch {
   T *by_distance = nullptr, *dby_distance = nullptr, *cap_slope = nullptr, *keep = nullptr;
   uint32_t* words = nullptr;
+  PositionScratch<T> positions;
 
-  ScoreScratch(const VarlenAttention& op, ScratchCursor<T>& cursor) {
+  ScoreScratch(const VarlenAttention& op, ScratchCursor<T>& cursor) : positions(op, cursor) {
     const ScoreOptions& scores = op.scores;
     if (scores.slopes || scores.table) by_distance = cursor.take(op.max_span + kRowPad);
     if (scores.table && op.dtable) dby_distance = cursor.take(op.max_span + kRowPad);
@@ -42,15 +44,24 @@ inline void multiply_row(T* dst, const T* src, int64_t n) {
 template <typename T>
 class ScoreModification {
  public:
-  ScoreModification(const VarlenAttention& op, const ScoreScratch<T>& scratch, const Sequence& sequence, int64_t b)
-      : op_(op), options_(op.scores), at_(scratch), sequence_(sequence), b_(b) {}
+  ScoreModification(const VarlenAttention& op, const ScoreScratch<T>& scratch, const Sequence& sequence,
+                    const VarlenTask& task)
+      : op_(op),
+        options_(op.scores),
+        at_(scratch),
+        sequence_(sequence),
+        b_(task.sequence),
+        positions_(op, scratch.positions, task.group) {}
 
-  // Must be called before the rows first_row..first_row+rows of `head` and any part of `keys` are visited.
-  void begin(int64_t head, int64_t first_row, int64_t rows, KeyRange keys) {
-    head_ = head;
-    if (!at_.by_distance) return;
+  // Must be called before the rows first_row..first_row+rows of `head`, which are q (rows, ldq) times scale, and any
+  // part of `keys` are visited.
+  void begin(int64_t head, int64_t first_row, int64_t rows, KeyRange keys, const T* q, int64_t ldq) {
+    head_ = head, first_row_ = first_row;
+    if (!options_.modified) return;
     last_row_ = first_row + rows - 1, first_key_ = keys.begin;
     span_ = keys.end > keys.begin ? rows - 1 + keys.end - keys.begin : 0;
+    if (options_.positions.rows) positions_.begin_queries(head, distance(0), span_, rows, q, ldq);
+    if (!at_.by_distance) return;
     const T slope = options_.slopes ? options_.slopes[b_ * options_.slope_batch + head * options_.slope_head] : 0;
     const T* table = static_cast<const T*>(options_.table) + (options_.table ? head * options_.table_head : 0);
     for (int64_t d = 0; d < span_; ++d) {
@@ -59,6 +70,14 @@ class ScoreModification {
       if (options_.table) at_.by_distance[d] += table[bucket(distance) * options_.table_row];
     }
     if (at_.dby_distance) __builtin_memset(at_.dby_distance, 0, span_ * sizeof(T));
+  }
+
+  // Must be called before `rows` of the tile visit the keys kt (width, ldk), transposed.
+  void begin_keys(RowRange rows, KeyRange keys, const T* kt, int64_t ldk) {
+    if (options_.positions.rows) {
+      const int64_t d = span_index(first_row_ + rows.end - 1, keys);
+      positions_.begin_keys(kt, ldk, keys.end - keys.begin, rows.end - rows.begin, d);
+    }
   }
 
   // Turns scale * q . k of row i and `keys` into scores; fills the row's padding with anything.
@@ -75,6 +94,7 @@ class ScoreModification {
     if (at_.by_distance) add_row(scores, at_.by_distance + span_index(i, keys), n);
     const DenseBias& bias = options_.bias;
     if (bias.data) FA_DISPATCH_STORAGE(bias, add_bias<S>(scores, i, keys));
+    if (options_.positions.rows) positions_.add(scores, i - first_row_, span_index(i, keys));
   }
 
   // The factors of the probabilities of row i under dropout: 0, or 1 / (1 - p).
@@ -104,11 +124,18 @@ class ScoreModification {
       add_row(row + keys.begin, ds, n);
     }
     if (at_.dby_distance) add_row(at_.dby_distance + span_index(i, keys), ds, n);
+    if (options_.positions.rows) positions_.gradient(ds, i - first_row_, span_index(i, keys));
     if (options_.softcap > 0) multiply_row(ds, at_.cap_slope, n);
   }
 
-  // Writes the tile's share of the gradient of the table.
-  void end(int64_t tile) const {
+  // After gradient() of all `rows` that see the keys k (keys, ldq): adds what is missing from dk (keys, ldq).
+  void end_keys(RowRange rows, const T* k, T* dk, int64_t ldq) const {
+    if (options_.positions.rows) positions_.end_keys(k, dk, ldq, rows.end - rows.begin);
+  }
+
+  // After all keys: adds what is missing from dq (rows, ldq), and writes the tile's share of the gradient of the table.
+  void end(int64_t tile, T* dq) const {
+    if (options_.positions.rows) positions_.end_queries(dq);
     if (!at_.dby_distance) return;
     T* buckets = static_cast<T*>(op_.dtable) + (tile * op_.heads + head_) * options_.buckets;
     __builtin_memset(buckets, 0, options_.buckets * sizeof(T));
@@ -140,7 +167,8 @@ class ScoreModification {
   const ScoreScratch<T> at_;
   const Sequence& sequence_;
   const int64_t b_;
-  int64_t head_ = 0, last_row_ = 0, first_key_ = 0, span_ = 0;
+  int64_t head_ = 0, first_row_ = 0, last_row_ = 0, first_key_ = 0, span_ = 0;
+  PositionTerms<T> positions_;
 };
 
 }  // namespace flowattn::FLOWATTN_ISA_NAMESPACE

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <optional>
 #include <string>
 
@@ -25,6 +26,7 @@ class ScoreTensors {
   std::optional<Tensor> slopes, bias, table, lut;
   double dropout_p;
   std::optional<Tensor> rng;
+  std::optional<Tensor> position_keys = std::nullopt, position_queries = std::nullopt;
 
   // `op` has everything else that both directions share.
   ScoreOptions describe(const char* name, const VarlenAttention& op, int64_t batch) {
@@ -33,9 +35,13 @@ class ScoreTensors {
     scores.softcap = softcap;
     if (slopes) read_slopes(name, op, batch, scores);
     if (bias) read_bias(name, op, batch, scores);
-    FA_CHECK(table.has_value() == lut.has_value(), name, "rel_table and rel_lut must be given together", "one of them");
+    const bool positions = position_keys || position_queries;
+    FA_CHECK(!positions || !(bias || table), name, "position tables stand alone", "another bias with them");
+    FA_CHECK((table || positions) == lut.has_value(), name, "a table and rel_lut must be given together",
+             "one of them");
     if (table) read_table(name, op, scores);
-    scores.modified = softcap > 0 || slopes || bias || table;
+    if (positions) read_positions(name, op, scores);
+    scores.modified = softcap > 0 || slopes || bias || table || positions;
     FA_CHECK(dropout_p >= 0 && dropout_p < 1, name, "dropout_p must lie in [0, 1)", dropout_p);
     if (dropout_p > 0) read_rng(name, scores);
     return scores;
@@ -76,18 +82,48 @@ class ScoreTensors {
     const bool fits = table->is_cpu() && table->dim() == 2 && table->size(1) == op.heads;
     FA_CHECK(fits, name, "rel_table must be a CPU tensor of shape (buckets, H)", shape_text(table->sizes()));
     storage_of(name, "rel_table", *table);
+    table = torch::stable::to(*table, wide(op));
+    scores.table = table->const_data_ptr(), scores.buckets = table->size(0);
+    scores.table_row = table->stride(0), scores.table_head = table->stride(1);
+    read_lut(name, scores.buckets, scores);
+  }
+
+  void read_positions(const char* name, const VarlenAttention& op, ScoreOptions& scores) {
+    PositionTables& tables = scores.positions;
+    tables.rows = (position_keys ? position_keys : position_queries)->size(0);
+    tables.keys = read_position_table(name, "position_keys", op, tables.rows, position_keys);
+    tables.queries = read_position_table(name, "position_queries", op, tables.rows, position_queries);
+    read_lut(name, tables.rows, scores);
+    for (int64_t r = 1; r < lut->size(0); ++r) {
+      tables.step = std::max<int64_t>(tables.step, std::abs(scores.lut[r] - scores.lut[r - 1]));
+    }
+  }
+
+  const void* read_position_table(const char* name, const char* which, const VarlenAttention& op, int64_t rows,
+                                  std::optional<Tensor>& given) {
+    if (!given) return nullptr;
+    const bool fits = given->is_cpu() && given->dim() == 3 && given->size(0) == rows && given->size(1) == op.heads &&
+                      given->size(2) == op.width;
+    FA_CHECK(fits, name, std::string(which) + " must be a CPU tensor of shape (rows, H, D)",
+             shape_text(given->sizes()));
+    storage_of(name, which, *given);
+    given = torch::stable::contiguous(torch::stable::to(*given, wide(op)));
+    return given->const_data_ptr();
+  }
+
+  static ScalarType wide(const VarlenAttention& op) {
+    return op.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
+  }
+
+  void read_lut(const char* name, int64_t buckets, ScoreOptions& scores) {
     const ScalarType dtype = lut->scalar_type();
     const bool indexes = lut->is_cpu() && (dtype == ScalarType::Short || dtype == ScalarType::Int) && lut->dim() == 1 &&
                          lut->size(0) % 2 == 1;
     FA_CHECK(indexes, name, "rel_lut must be an int16 or int32 CPU tensor of odd length", shape_text(lut->sizes()));
-    table = torch::stable::to(*table, op.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float);
     lut = torch::stable::contiguous(torch::stable::to(*lut, ScalarType::Int));
-    scores.table = table->const_data_ptr(), scores.buckets = table->size(0);
-    scores.table_row = table->stride(0), scores.table_head = table->stride(1);
     scores.lut = lut->const_data_ptr<int32_t>(), scores.reach = lut->size(0) / 2;
     const auto [least, most] = std::minmax_element(scores.lut, scores.lut + lut->size(0));
-    FA_CHECK_VALUE(*least >= 0 && *most < scores.buckets, name,
-                   "rel_lut must hold buckets 0.." + std::to_string(scores.buckets - 1),
+    FA_CHECK_VALUE(*least >= 0 && *most < buckets, name, "rel_lut must hold buckets 0.." + std::to_string(buckets - 1),
                    std::to_string(*least) + ".." + std::to_string(*most));
   }
 

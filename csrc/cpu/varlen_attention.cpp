@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -16,6 +15,7 @@
 #include "common/check.h"
 #include "cpu/parallel.h"
 #include "cpu/score_tensors.h"
+#include "cpu/varlen_tasks.h"
 
 namespace flowattn {
 namespace {
@@ -90,73 +90,6 @@ VarlenAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, Tens
   return op;
 }
 
-int64_t tiles_of(int64_t rows, int64_t tile) { return (rows + tile - 1) / tile; }
-
-// The sequences with the most work first, so that the threads finish together.
-class Sequences {
- public:
-  Sequences(const VarlenAttention& op, const Tensor& cu_q)
-      : op_(op), order_(cu_q.size(0) - 1), first_tile_(cu_q.size(0), 0) {
-    std::iota(order_.begin(), order_.end(), 0);
-    for (int64_t b = 0; b < count(); ++b) first_tile_[b + 1] = first_tile_[b] + tiles_of(queries(b), kQueryTile);
-    std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return pairs(a) > pairs(b); });
-    for (int64_t b : order_) all_pairs += pairs(b);
-    most_pairs = order_.empty() ? 0 : pairs(order_[0]);
-  }
-
-  int64_t count() const { return order_.size(); }
-  int64_t query_tiles() const { return first_tile_.back(); }
-  int64_t queries(int64_t b) const { return op_.cu_q[b + 1] - op_.cu_q[b]; }
-  int64_t keys(int64_t b) const { return op_.cu_k[b + 1] - op_.cu_k[b]; }
-  double pairs(int64_t b) const { return double(queries(b)) * keys(b); }
-
-  // One task per `q_step` query rows and `k_step` keys of every sequence. A sequence without query rows, or without
-  // keys, has a task too: the backward must write the zeros of its other side.
-  std::vector<VarlenTask> tasks(int64_t q_step, int64_t k_step) const {
-    std::vector<VarlenTask> tasks;
-    for (int64_t b : order_) {
-      const int64_t lq = queries(b), lk = keys(b);
-      // Last rows first: with a causal mask they see the most keys.
-      for (int64_t row = lq == 0 ? 0 : (lq - 1) / q_step * q_step; row >= 0; row -= q_step) {
-        for (int64_t key = 0; key == 0 || key < lk; key += k_step) {
-          tasks.push_back({b, row, std::min(row + q_step, lq), key, std::min(key + k_step, lk), first_tile_[b]});
-        }
-      }
-    }
-    return tasks;
-  }
-
-  // The tasks of `rows` query rows and all keys, in groups of the same rows of all sequences, or of one sequence each;
-  // group g holds tasks begins[g]..begins[g + 1].
-  std::vector<VarlenTask> row_groups(bool across_sequences, int64_t rows, std::vector<int64_t>& begins) const {
-    std::vector<VarlenTask> tasks;
-    begins.assign(1, 0);
-    int64_t longest = 0;
-    for (int64_t b = 0; b < count(); ++b) longest = std::max(longest, queries(b));
-    const auto add = [&](int64_t b, int64_t row) {
-      if (row < queries(b)) tasks.push_back({b, row, std::min(row + rows, queries(b)), 0, keys(b), first_tile_[b]});
-    };
-    if (across_sequences) {
-      for (int64_t row = 0; row < longest; row += rows, begins.push_back(tasks.size())) {
-        for (int64_t b = 0; b < count(); ++b) add(b, row);
-      }
-    } else {
-      for (int64_t b : order_) {
-        for (int64_t row = 0; row < queries(b); row += rows, begins.push_back(tasks.size())) add(b, row);
-      }
-    }
-    return tasks;
-  }
-
-  double all_pairs = 0, most_pairs = 0;
-
- private:
-  const VarlenAttention& op_;
-  std::vector<int64_t> order_, first_tile_;
-};
-
-constexpr int64_t kWhole = int64_t(1) << 40;  // as a task's step: the whole sequence
-
 // Rows that belong to no sequence: zeros, and an LSE of -inf.
 void clear_rest(const Tensor& x, int64_t first) {
   const int64_t row_bytes = x.size(1) * x.size(2) * x.element_size();
@@ -182,20 +115,15 @@ void set_tile_sizes(VarlenAttention& op, const std::vector<VarlenTask>& tasks) {
   }
 }
 
-std::tuple<Tensor, Tensor> varlen_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,
-                                                    std::optional<Tensor>, int64_t, int64_t, double scale, int64_t left,
-                                                    int64_t right, bool top_left, double softcap,
-                                                    std::optional<Tensor> slopes, std::optional<Tensor> bias,
-                                                    std::optional<Tensor> table, std::optional<Tensor> lut,
-                                                    double dropout_p, std::optional<Tensor> rng) {
-  ScoreTensors scores{softcap, slopes, bias, table, lut, dropout_p, rng};
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor cu_q, Tensor cu_k,
+                                   double scale, int64_t left, int64_t right, bool top_left, ScoreTensors scores) {
   VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left, scores);
   Tensor out = torch::stable::new_empty(q, {q.size(0), op.heads, op.width_v});
   const bool wide = op.storage == Storage::kDouble;
   Tensor lse = torch::stable::new_empty(q, {op.heads, q.size(0)}, wide ? ScalarType::Double : ScalarType::Float);
   op.out = packed_rows(out), op.lse = row_values(lse);
 
-  const Sequences sequences(op, cu_q);
+  const Sequences sequences(op, cu_q.size(0) - 1);
   const std::vector<VarlenTask> tasks = sequences.tasks(kQueryTile, kWhole);
   set_tile_sizes(op, tasks);
   parallel_items(tasks.size() * op.heads, sequences.all_pairs * op.heads * (op.width + op.width_v),
@@ -231,7 +159,7 @@ void run_shared_bias(VarlenAttention op, const Sequences& sequences, const Tenso
   const std::vector<VarlenTask> tasks = sequences.row_groups(bias.size(0) == 1, kRows, begins);
   set_tile_sizes(op, tasks);
   op.key_slots = 1, op.want_dq = op.want_dkv = false, op.dtable = nullptr;
-  const SharedBias shared = {tasks.data(), begins.data(), bias.size(1)};
+  const SharedBias shared = {{tasks.data(), begins.data()}, bias.size(1)};
   parallel_items((begins.size() - 1) * shared.bias_heads, sequences.all_pairs * op.heads * (op.width + op.width_v),
                  FA_ISA_CALL(varlen_attention_bwd_scratch, op), [&](int64_t begin, int64_t end, void* scratch) {
                    FA_ISA_CALL(varlen_attention_bwd_shared_bias, op, shared, begin, end, scratch);
@@ -259,12 +187,78 @@ Tensor nothing(ScalarType dtype) {
   return torch::stable::from_blob(&memory, {0}, {1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(
-    Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_q,
-    Tensor cu_k, std::optional<Tensor>, int64_t, int64_t, double scale, int64_t left, int64_t right, bool top_left,
-    bool, double softcap, std::optional<Tensor> slopes, std::optional<Tensor> bias, std::optional<Tensor> table,
-    std::optional<Tensor> lut, double dropout_p, std::optional<Tensor> rng, bool want_dbias) {
-  ScoreTensors scores{softcap, slopes, bias, table, lut, dropout_p, rng};
+void clear_rest_of_gradients(const VarlenAttention& op, const Tensor& cu_q, const Tensor& dq, const Tensor& dk,
+                             const Tensor& dv) {
+  const int64_t batch = cu_q.size(0) - 1;
+  clear_rest(dq, op.cu_q[batch]);
+  clear_rest(dk, op.cu_k[batch]);
+  clear_rest(dv, op.cu_k[batch]);
+}
+
+// The sum over the first dim of parts (N, heads, rows, width), in order, as (rows, heads, width).
+template <typename T>
+void sum_tables(const Tensor& parts, const Tensor& out) {
+  const int64_t heads = parts.size(1), rows = parts.size(2), width = parts.size(3);
+  T* result = out.mutable_data_ptr<T>();
+  parallel_items(heads * rows, double(parts.numel()), 0, [&](int64_t begin, int64_t end, void*) {
+    for (int64_t item = begin; item < end; ++item) {
+      T* sum = result + (item % rows * heads + item / rows) * width;
+      std::fill(sum, sum + width, T(0));
+      const T* part = parts.const_data_ptr<T>() + item * width;
+      for (int64_t n = 0; n < parts.size(0); ++n, part += heads * rows * width) {
+        for (int64_t c = 0; c < width; ++c) sum[c] += part[c];
+      }
+    }
+  });
+}
+
+// Runs the backward of a disentangled bias; returns the gradients of its tables, empty where they are not wanted.
+//
+// A gradient of a table is as large as the table, too large for one partial sum a query tile. Groups of sequences share
+// one, and their number depends on the work alone: a group has at least kPairs scores for each row of its sum. One
+// thread has all of a group's head, so this is always one pass, however few the sequences.
+std::tuple<Tensor, Tensor> run_positions(VarlenAttention op, const Sequences& sequences, const Tensor& like,
+                                         bool want_tables) {
+  constexpr double kPairs = 16;
+  constexpr int64_t kMostGroups = 8;
+  const bool is_double = op.storage == Storage::kDouble;
+  const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
+  const PositionTables& tables = op.scores.positions;
+  std::vector<int64_t> begins;
+  const int64_t most = std::clamp<int64_t>(int64_t(sequences.all_pairs / (kPairs * tables.rows)), 1, kMostGroups);
+  const std::vector<VarlenTask> tasks = sequences.sequence_groups(most, begins);
+  const int64_t groups = begins.size() - 1;
+  set_tile_sizes(op, tasks);
+  op.want_dq = op.want_dkv = true, op.key_slots = 1;
+  for (const VarlenTask& task : tasks) op.key_slots = std::max(op.key_slots, tiles_of(task.k_end, kKeyTile));
+  const auto partial = [&](const void* table, void*& sums) {
+    if (!table || !want_tables) return nothing(wide);
+    Tensor parts = torch::stable::new_empty(like, {groups, op.heads, tables.rows, op.width}, wide);
+    sums = parts.mutable_data_ptr();
+    return parts;
+  };
+  const Tensor key_parts = partial(tables.keys, op.dposition_keys);
+  const Tensor query_parts = partial(tables.queries, op.dposition_queries);
+  const TaskGroups list = {tasks.data(), begins.data()};
+  parallel_items(groups * op.heads_kv, 5 * sequences.all_pairs * op.heads * (op.width + op.width_v),
+                 FA_ISA_CALL(varlen_attention_bwd_scratch, op), [&](int64_t begin, int64_t end, void* scratch) {
+                   FA_ISA_CALL(varlen_attention_bwd_groups, op, list, begin, end, scratch);
+                 });
+  const auto total = [&](const void* table, const Tensor& parts) {
+    if (!table || !want_tables) return parts;
+    Tensor out = torch::stable::new_empty(like, {tables.rows, op.heads, op.width}, wide);
+    is_double ? sum_tables<double>(parts, out) : sum_tables<float>(parts, out);
+    return out;
+  };
+  return {total(tables.keys, key_parts), total(tables.queries, query_parts)};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
+                   const Tensor& v, const Tensor& out, const Tensor& lse, Tensor cu_q, Tensor cu_k, double scale,
+                   int64_t left, int64_t right, bool top_left, ScoreTensors scores, bool want_dbias) {
+  const std::optional<Tensor>&bias = scores.bias, &table = scores.table;
   VarlenAttention op = describe(q, k, v, cu_q, cu_k, scale, left, right, top_left, scores);
   const ScalarType wide = op.storage == Storage::kDouble ? ScalarType::Double : ScalarType::Float;
   check_rows("out", out, q.scalar_type(), q.size(0), op.heads, op.width_v);
@@ -278,7 +272,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(
   op.dq = packed_rows(dq), op.dk = packed_rows(dk), op.dv = packed_rows(dv);
   if (dlse) op.dlse = row_values(*dlse);
 
-  const Sequences sequences(op, cu_q);
+  const Sequences sequences(op, cu_q.size(0) - 1);
+  if (op.scores.positions.rows) {
+    auto [dkeys, dqueries] = run_positions(op, sequences, q, want_dbias);
+    clear_rest_of_gradients(op, cu_q, dq, dk, dv);
+    return {dq, dk, dv, dkeys, dqueries};
+  }
   const bool want_dense = want_dbias && bias, want_table = want_dbias && table;
   Tensor dbias = want_dense ? torch::stable::new_zeros(q, bias->sizes(), wide) : nothing(wide);
   const bool shared = want_dense && (bias->size(0) < sequences.count() || bias->size(1) < op.heads);
@@ -310,10 +309,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(
     dtable = torch::stable::new_empty(q, {op.scores.buckets, op.heads}, wide);
     wide == ScalarType::Double ? sum_parts<double>(*parts, dtable) : sum_parts<float>(*parts, dtable);
   }
-  clear_rest(dq, op.cu_q[cu_q.size(0) - 1]);
-  clear_rest(dk, op.cu_k[cu_k.size(0) - 1]);
-  clear_rest(dv, op.cu_k[cu_k.size(0) - 1]);
+  clear_rest_of_gradients(op, cu_q, dq, dk, dv);
   return {dq, dk, dv, dbias, dtable};
+}
+
+std::tuple<Tensor, Tensor> varlen_attention_fwd_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k,
+                                                    std::optional<Tensor>, int64_t, int64_t, double scale, int64_t left,
+                                                    int64_t right, bool top_left, double softcap,
+                                                    std::optional<Tensor> slopes, std::optional<Tensor> bias,
+                                                    std::optional<Tensor> table, std::optional<Tensor> lut,
+                                                    double dropout_p, std::optional<Tensor> rng) {
+  return forward(q, k, v, cu_q, cu_k, scale, left, right, top_left,
+                 {softcap, slopes, bias, table, lut, dropout_p, rng});
+}
+
+Gradients varlen_attention_bwd_cpu(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v, Tensor out,
+                                   Tensor lse, Tensor cu_q, Tensor cu_k, std::optional<Tensor>, int64_t, int64_t,
+                                   double scale, int64_t left, int64_t right, bool top_left, bool, double softcap,
+                                   std::optional<Tensor> slopes, std::optional<Tensor> bias,
+                                   std::optional<Tensor> table, std::optional<Tensor> lut, double dropout_p,
+                                   std::optional<Tensor> rng, bool want_dbias) {
+  return backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, scale, left, right, top_left,
+                  {softcap, slopes, bias, table, lut, dropout_p, rng}, want_dbias);
+}
+
+std::tuple<Tensor, Tensor> varlen_attention_disentangled_fwd_cpu(
+    Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, std::optional<Tensor>, int64_t, int64_t, double scale,
+    int64_t left, int64_t right, bool top_left, double softcap, std::optional<Tensor> slopes,
+    std::optional<Tensor> bias, std::optional<Tensor> table, std::optional<Tensor> lut, double dropout_p,
+    std::optional<Tensor> rng, std::optional<Tensor> position_keys, std::optional<Tensor> position_queries) {
+  return forward(q, k, v, cu_q, cu_k, scale, left, right, top_left,
+                 {softcap, slopes, bias, table, lut, dropout_p, rng, position_keys, position_queries});
+}
+
+Gradients varlen_attention_disentangled_bwd_cpu(Tensor dout, std::optional<Tensor> dlse, Tensor q, Tensor k, Tensor v,
+                                                Tensor out, Tensor lse, Tensor cu_q, Tensor cu_k, std::optional<Tensor>,
+                                                int64_t, int64_t, double scale, int64_t left, int64_t right,
+                                                bool top_left, bool, double softcap, std::optional<Tensor> slopes,
+                                                std::optional<Tensor> bias, std::optional<Tensor> table,
+                                                std::optional<Tensor> lut, double dropout_p, std::optional<Tensor> rng,
+                                                std::optional<Tensor> position_keys,
+                                                std::optional<Tensor> position_queries, bool want_dbias) {
+  return backward(dout, dlse, q, k, v, out, lse, cu_q, cu_k, scale, left, right, top_left,
+                  {softcap, slopes, bias, table, lut, dropout_p, rng, position_keys, position_queries}, want_dbias);
 }
 
 }  // namespace
@@ -322,4 +360,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> varlen_attention_bwd_cpu(
 STABLE_TORCH_LIBRARY_IMPL(flowattn, CPU, m) {
   m.impl("varlen_attention_fwd", TORCH_BOX(&flowattn::varlen_attention_fwd_cpu));
   m.impl("varlen_attention_bwd", TORCH_BOX(&flowattn::varlen_attention_bwd_cpu));
+  m.impl("varlen_attention_disentangled_fwd", TORCH_BOX(&flowattn::varlen_attention_disentangled_fwd_cpu));
+  m.impl("varlen_attention_disentangled_bwd", TORCH_BOX(&flowattn::varlen_attention_disentangled_bwd_cpu));
 }

@@ -29,6 +29,7 @@ struct VarlenTask {
   int64_t sequence;
   int64_t q_begin, q_end, k_begin, k_end;
   int64_t first_tile;  // number of the sequence's first query tile among those of all sequences
+  int64_t group;       // the partial sum of position-table gradients it adds to
 };
 
 // (1 or B, 1 or H, rows, keys) with any strides, in elements; a dim of size 1 is broadcast and has stride 0.
@@ -36,6 +37,13 @@ struct DenseBias {
   Storage storage;
   const void* data;  // nullptr: absent
   int64_t batch, head, row, key;
+};
+
+// The tables of a disentangled bias, (rows, heads, width) contiguous in the compute type.
+struct PositionTables {
+  const void *keys, *queries;  // nullptr: absent
+  int64_t rows;                // 0: no such bias
+  int64_t step;                // most that the row changes from one distance to the next
 };
 
 // What happens to a score between scale * q . k and the softmax, and to a probability after it.
@@ -46,7 +54,8 @@ struct ScoreOptions {
   DenseBias bias;
   const void* table;  // (buckets, heads) in the compute type; nullptr: none
   int64_t table_row, table_head, buckets;
-  const int32_t* lut;  // (2 * reach + 1,), the bucket of each distance -reach..reach
+  PositionTables positions;
+  const int32_t* lut;  // (2 * reach + 1,), the bucket, or row of the position tables, of each distance -reach..reach
   int64_t reach;
   bool modified;  // any of the above
   bool dropout;
@@ -75,13 +84,19 @@ struct VarlenAttention {
   void* dbias;        // contiguous, in the compute type; nullptr: not in this pass
   int64_t dbias_batch, dbias_head, dbias_row;
   void* dtable;  // (query tiles of all sequences, heads, buckets) in the compute type; nullptr: not in this pass
+  void *dposition_keys, *dposition_queries;  // (groups, heads, rows, width) in the compute type; nullptr: not wanted
+};
+
+// Tasks of which one item does all of a group: group g holds tasks begin[g]..begin[g + 1].
+struct TaskGroups {
+  const VarlenTask* tasks;
+  const int64_t* begin;
 };
 
 // The gradient of a bias that several sequences or heads share. Item i owns the query rows of group i / bias_heads, for
 // head i % bias_heads of the bias; it sums over the group's tasks and over the heads that share the bias, in order.
 struct SharedBias {
-  const VarlenTask* tasks;
-  const int64_t* group_begin;  // group g holds tasks group_begin[g]..group_begin[g + 1]
+  TaskGroups groups;
   int64_t bias_heads;
 };
 
@@ -95,5 +110,7 @@ FA_ISA_DECLARE(void varlen_attention_fwd(const VarlenAttention& op, const Varlen
                                          void* scratch))
 FA_ISA_DECLARE(void varlen_attention_bwd(const VarlenAttention& op, const VarlenTask* tasks, int64_t begin, int64_t end,
                                          void* scratch))
+FA_ISA_DECLARE(void varlen_attention_bwd_groups(const VarlenAttention& op, const TaskGroups& groups, int64_t begin,
+                                                int64_t end, void* scratch))
 FA_ISA_DECLARE(void varlen_attention_bwd_shared_bias(const VarlenAttention& op, const SharedBias& bias, int64_t begin,
                                                      int64_t end, void* scratch))

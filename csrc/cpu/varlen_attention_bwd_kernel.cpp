@@ -91,7 +91,7 @@ class BackwardItem {
         head_kv_(head_kv),
         at_(scratch),
         sequence_(op, task.sequence),
-        modification_(op, scratch.modification, sequence_, task.sequence) {}
+        modification_(op, scratch.modification, sequence_, task) {}
 
   void run() {
     const bool keep = op_.key_slots > 1 || task_.k_end - task_.k_begin <= kKeyTile;
@@ -155,15 +155,15 @@ class BackwardItem {
     const int64_t rows = min(kQueryTile, task_.q_end - row), row0 = sequence_.q0 + row;
     const KeyRange seen = intersect(sequence_.tile_keys(row, row + rows), {task_.k_begin, task_.k_end});
     if (seen.begin < seen.end || op_.want_dq) load_queries(head, row0, rows);
-    modification_.begin(head, row, rows, seen);
+    modification_.begin(head, row, rows, seen, at_.q, at_.ldq);
     for (int64_t first = seen.begin / kKeyTile * kKeyTile; first < seen.end; first += kKeyTile) {
       if (!keep) pack_keys(first);
       score_tile(row, rows, first, intersect(seen, {first, first + kKeyTile}));
     }
+    modification_.end(task_.first_tile + row / kQueryTile, at_.dq);
     if (op_.want_dq) {
       store_rows<S, T>(at_.dq, at_.ldq, rows, op_.width, T(op_.scale), row_of<S>(op_.dq, row0, head), op_.dq.row);
     }
-    modification_.end(task_.first_tile + row / kQueryTile);
   }
 
   // Row r of the tile at query row `row`: scores and gradients of the probabilities become probabilities and gradients
@@ -198,9 +198,11 @@ class BackwardItem {
     const T *q = at_.q + seeing.begin * ldq, *dout = at_.dout + seeing.begin * ldv;
     gemm<T>(count, n, op_.width, q, ldq, 1, slot.kt + skip, ldk, at_.p, ldk, false);
     gemm<T>(count, n, op_.width_v, dout, ldv, 1, slot.vt + skip, ldk, at_.ds, ldk, false);
+    modification_.begin_keys(seeing, keys, slot.kt + skip, ldk);
     for (int64_t r = 0; r < count; ++r) {
       softmax_gradient_row(at_.p + r * ldk, at_.ds + r * ldk, keys, row, seeing.begin + r);
     }
+    modification_.end_keys(seeing, slot.k + skip * ldq, slot.dk + skip * ldq, ldq);
     if (op_.want_dkv) {
       gemm<T>(n, op_.width_v, count, at_.p, 1, ldk, dout, ldv, slot.dv + skip * ldv, ldv, true);
       gemm<T>(n, op_.width, count, at_.ds, 1, ldk, q, ldq, slot.dk + skip * ldq, ldq, true);
@@ -227,14 +229,31 @@ void backward(const VarlenAttention& op, const VarlenTask* tasks, int64_t begin,
 }
 
 template <typename S>
+void backward_groups(const VarlenAttention& op, const TaskGroups& groups, int64_t begin, int64_t end, void* memory) {
+  using T = Compute<S>;
+  const BackwardScratch<T> scratch(op, memory);
+  const int64_t part =
+      op.heads / op.heads_kv * op.scores.positions.rows * op.width;  // of an item: its heads are its own
+  for (int64_t item = begin; item < end; ++item) {
+    for (void* sums : {op.dposition_keys, op.dposition_queries}) {
+      if (sums) clear(static_cast<T*>(sums) + item * part, part);
+    }
+    const int64_t g = item / op.heads_kv;
+    for (int64_t t = groups.begin[g]; t < groups.begin[g + 1]; ++t) {
+      BackwardItem<S>(op, groups.tasks[t], item % op.heads_kv, scratch).run();
+    }
+  }
+}
+
+template <typename S>
 void shared_bias(const VarlenAttention& op, const SharedBias& bias, int64_t begin, int64_t end, void* memory) {
   const BackwardScratch<Compute<S>> scratch(op, memory);
   const int64_t group = op.heads / op.heads_kv, sharing = op.heads / bias.bias_heads;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t g = item / bias.bias_heads, first_head = item % bias.bias_heads * sharing;
-    for (int64_t t = bias.group_begin[g]; t < bias.group_begin[g + 1]; ++t) {
+    for (int64_t t = bias.groups.begin[g]; t < bias.groups.begin[g + 1]; ++t) {
       for (int64_t head = first_head; head < first_head + sharing; ++head) {
-        BackwardItem<S>(op, bias.tasks[t], head / group, scratch).run_bias(head);
+        BackwardItem<S>(op, bias.groups.tasks[t], head / group, scratch).run_bias(head);
       }
     }
   }
@@ -249,6 +268,11 @@ int64_t varlen_attention_bwd_scratch(const VarlenAttention& op) {
 void varlen_attention_bwd(const VarlenAttention& op, const VarlenTask* tasks, int64_t begin, int64_t end,
                           void* scratch) {
   FA_DISPATCH_STORAGE(op, backward<S>(op, tasks, begin, end, scratch));
+}
+
+void varlen_attention_bwd_groups(const VarlenAttention& op, const TaskGroups& groups, int64_t begin, int64_t end,
+                                 void* scratch) {
+  FA_DISPATCH_STORAGE(op, backward_groups<S>(op, groups, begin, end, scratch));
 }
 
 void varlen_attention_bwd_shared_bias(const VarlenAttention& op, const SharedBias& bias, int64_t begin, int64_t end,

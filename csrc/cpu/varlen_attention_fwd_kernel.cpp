@@ -81,8 +81,8 @@ void forward_tile(const VarlenAttention& op, const VarlenTask& task, int64_t hea
   for (int64_t r = 0; r < padded(rows); ++r) at.top[r] = kMinusInfinity<T>, at.total[r] = 0;
 
   const KeyRange keys = sequence.tile_keys(task.q_begin, task.q_end);
-  ScoreModification<T> modification(op, at.modification, sequence, task.sequence);
-  modification.begin(head, task.q_begin, rows, keys);
+  ScoreModification<T> modification(op, at.modification, sequence, task);
+  modification.begin(head, task.q_begin, rows, keys, at.q, at.ldq);
   const bool one_tile = keys.end - keys.begin <= kKeyTile;
   if (!one_tile) __builtin_memset(at.out, 0, rows * at.ldv * sizeof(T));
   for (int64_t first = keys.begin; first < keys.end; first += kKeyTile) {
@@ -94,6 +94,7 @@ void forward_tile(const VarlenAttention& op, const VarlenTask& task, int64_t hea
     pack_transposed<T>(row_of<S>(op.k, sequence.k0 + first, head_kv), op.k.row, n, op.width, at.kt, at.ldk);
     load_rows<T>(row_of<S>(op.v, sequence.k0 + first, head_kv), op.v.row, n, op.width_v, T(1), at.v, at.ldv);
     gemm<T>(count, n, op.width, q, at.ldq, 1, at.kt, at.ldk, at.scores, at.ldk, false);
+    modification.begin_keys(seeing, {first, first + n}, at.kt, at.ldk);
     const int64_t row = task.q_begin + seeing.begin;
     for (int64_t r = 0; r < count && op.scores.modified; ++r) {
       modification.modify(at.scores + r * at.ldk, row + r, {first, first + n});

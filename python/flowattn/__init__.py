@@ -2,7 +2,7 @@
 
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
-from flowattn.ops.attention_scores import RelativeBias
+from flowattn.ops.attention_scores import DisentangledBias, RelativeBias
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
@@ -17,6 +17,7 @@ from flowattn.ops.varlen_attention import varlen_attention
 
 __version__ = "0.1.0"
 __all__ = [
+    "DisentangledBias",
     "FallbackWarning",
     "PackPlan",
     "PrefixState",

@@ -9,12 +9,21 @@ import importlib
 
 import torch
 
+_ROWS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles, SymInt max_seqlen_q, SymInt max_seqlen_k"
+_MASK = "float scale, SymInt window_left, SymInt window_right, bool top_left"
+_ATTENTION = f"Tensor q, Tensor k, Tensor v, {_ROWS}, {_MASK}"
+_ATTENTION_BWD = (
+    "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {_ROWS}, {_MASK}, bool deterministic"
+)
 # What attention does to its scores: bias (1 or B, 1 or H, S, S), rel_table (buckets, H), rng (2,) = seed and offset.
 # The defaults mean nothing at all, and spare the plain call the cost of handing them over.
 _SCORES = (
     "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? bias=None, Tensor? rel_table=None, Tensor? rel_lut=None,"
     " float dropout_p=0.0, Tensor? rng=None"
 )
+# Disentangled attention has ops of its own, so that no backend must return gradients of tables that it does not take.
+_POSITIONS = "Tensor? position_keys=None, Tensor? position_queries=None"
 
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
@@ -40,14 +49,12 @@ SCHEMAS = {
     "prefix_attention_bwd": "(Tensor dout, Tensor? dlse, Tensor? du_final, Tensor? dw_final, Tensor scores,"
     " Tensor values, Tensor? mask, Tensor? reset, Tensor? cu_seqlens, Tensor? m0, Tensor out, Tensor m, Tensor u,"
     " Tensor u_final, bool reverse) -> (Tensor dscores, Tensor dvalues, Tensor du0, Tensor dw0)",
-    "varlen_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles,"
-    " SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, SymInt window_left, SymInt window_right, bool top_left,"
-    f" {_SCORES}) -> (Tensor out, Tensor lse)",
-    "varlen_attention_bwd": "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? tiles, SymInt max_seqlen_q, SymInt max_seqlen_k, float scale,"
-    " SymInt window_left, SymInt window_right, bool top_left,"
-    f" bool deterministic, {_SCORES}, bool want_dbias=False)"
+    "varlen_attention_fwd": f"({_ATTENTION}, {_SCORES}) -> (Tensor out, Tensor lse)",
+    "varlen_attention_bwd": f"({_ATTENTION_BWD}, {_SCORES}, bool want_dbias=False)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
+    "varlen_attention_disentangled_fwd": f"({_ATTENTION}, {_SCORES}, {_POSITIONS}) -> (Tensor out, Tensor lse)",
+    "varlen_attention_disentangled_bwd": f"({_ATTENTION_BWD}, {_SCORES}, {_POSITIONS}, bool want_dbias=False)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dposition_keys, Tensor dposition_queries)",
 }
 TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
 

@@ -9,7 +9,11 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 
 from flowattn import checks
 from flowattn.models.bert import PaddingFreeEncoder
@@ -19,6 +23,14 @@ from flowattn.ops.varlen_attention import varlen_attention
 _OP = "flowattn attention"
 _OTHERS = 'use attn_implementation="sdpa" or "eager" instead'
 _UNDO = "del model.base_model.forward restores the original"
+
+# What a base model returns, by model_type; the others a BaseModelOutputWithPoolingAndCrossAttentions.
+_OUTPUTS = {
+    "albert": BaseModelOutputWithPooling,
+    "deberta": BaseModelOutput,
+    "deberta-v2": BaseModelOutput,
+    "distilbert": BaseModelOutput,
+}
 
 # Mask or position ids -> what was derived from it, so that one forward pass plans once and not in every layer.
 _plans = WeakTensorKeyDictionary()
@@ -244,11 +256,12 @@ def _rows(x):
 
 
 def padding_free(model):
-    """Make a BERT, RoBERTa or DistilBERT model, or a ...For... wrapper of one, run padding-free; return the model.
+    """Make a BERT, RoBERTa, DistilBERT, ALBERT or DeBERTa model, or a ...For... wrapper of one, run padding-free.
 
-    Only the base model's forward is replaced: its modules, parameters and state-dict keys stay, and so do the outputs
-    at real tokens. Padding positions are 0 and never computed; the pooler pools the first real token of each row (see
-    models.bert.PaddingFreeEncoder). Deleting `model.base_model.forward` undoes it. One host sync a forward on a GPU.
+    Returns the model. Only the base model's forward is replaced: its modules, parameters and state-dict keys stay, and
+    so do the outputs at real tokens. Padding positions are 0 and never computed; the pooler pools the first real token
+    of each row (see models.bert.PaddingFreeEncoder). Deleting `model.base_model.forward` undoes it. One host sync a
+    forward on a GPU.
     """
     base = getattr(model, "base_model", model)
     if not isinstance(getattr(base.forward, "__self__", None), _PaddingFreeForward):
@@ -284,10 +297,10 @@ class _PaddingFreeForward:
             output_hidden_states=self.config.output_hidden_states if wanted is None else wanted,
         )
         result = {"last_hidden_state": out.last_hidden_state, "hidden_states": out.hidden_states}
-        if self.config.model_type == "distilbert":
-            result = BaseModelOutput(**result)
-        else:
-            result = BaseModelOutputWithPoolingAndCrossAttentions(pooler_output=out.pooler_output, **result)
+        kind = _OUTPUTS.get(self.config.model_type, BaseModelOutputWithPoolingAndCrossAttentions)
+        if kind is not BaseModelOutput:
+            result["pooler_output"] = out.pooler_output
+        result = kind(**result)
         return_dict = kwargs.get("return_dict")
         return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 

@@ -10,6 +10,7 @@ from flowattn.reference.varlen_attention import varlen_attention as reference
 _OP = "varlen_attention"
 _PLAIN = 6  # options of the private ops before the score options: max_seqlen_q .. top_left
 _fwd, _bwd = op("varlen_attention_fwd"), op("varlen_attention_bwd")
+_fwd_disentangled, _bwd_disentangled = op("varlen_attention_disentangled_fwd"), op("varlen_attention_disentangled_bwd")
 _fwd_triton, _bwd_triton = op("varlen_attention_fwd_triton"), op("varlen_attention_bwd_triton")
 
 
@@ -47,9 +48,9 @@ def varlen_attention(
         s = Lk - Lq (causal_align="bottom_right") or 0 ("top_left").
     softcap > 0: scores become softcap * tanh(score / softcap), before any bias is added.
     alibi_slopes: float32 (H,) or (B, H): adds -slope * |i + s - j|. No gradient.
-    bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, or dense (H, S, S) or
-        (B, H, S, S), any strides, S at least the longest sequence. B or H of size 1 is broadcast and its gradient
-        summed in place; that of a tensor expanded beforehand has the expanded size.
+    bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, a DisentangledBias, or dense
+        (H, S, S) or (B, H, S, S), any strides, S at least the longest sequence. B or H of size 1 is broadcast and its
+        gradient summed in place; that of a tensor expanded beforehand has the expanded size.
     dropout_p: drops probabilities and divides the others by 1 - dropout_p; the LSE is that without dropout. Two int64
         numbers from the device's default generator decide, together with the sequence's place in the batch, the head
         and i and j (docs/design.md): not the lengths of other sequences, the plan, the backend or the direction.
@@ -62,7 +63,8 @@ def varlen_attention(
     On the CPU a bad cu_seqlens raises ValueError; on a GPU it is never read out of bounds, the result is unspecified.
     Gradients: q, k, v, bias. No host sync except in the reference.
     Cost: 2 H (D + Dv) FLOPs a visible pair forward, 2.5 times that backward; memory O(T), and for the gradient of
-        a dense bias its size in float32.
+        a dense bias its size in float32. Each table of a DisentangledBias adds 2 H D to 4 H D FLOPs a pair forward,
+        three times that backward, where on the CPU up to 8 float32 copies of it are summed.
     Source: FlashAttention-2 (Dao 2023), Algorithms 1 and 2; ByteTransformer (Zhai et al. 2023) for the packed layout.
 
     >>> q = torch.randn(5, 2, 8)
@@ -79,10 +81,12 @@ def varlen_attention(
     backend = _TABLE.choose(*call, scores)
     if scores:
         rng = torch.randint(2**63 - 1, (2,), device=q.device) if dropout_p else None
-        scores = (*scores, rng)
+        scores = (*scores[:6], rng, *scores[6:])
+        if len(scores) > 7 and backend.name != "reference":
+            backend = _DISENTANGLED[backend.name]
     if backend.name == "reference":
         out, lse = _reference(*call, *scores)
-    elif checks.needs_grad(*call[:3], *scores[2:4]):
+    elif checks.needs_grad(*call[:3], *scores[2:4], *scores[7:]):
         deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         q, k, v, cu_q, cu_k, *options = call
         cu_k = None if cu_k is cu_q else cu_k  # Dynamo refuses an autograd.Function that is given one tensor twice
@@ -101,8 +105,8 @@ class _VarlenAttention(torch.autograd.Function):
         out, lse = backend.fwd(q, k, v, cu_q, cu_q if cu_k is None else cu_k, tiles, *options)
         saved = (q, k, v, out, lse, cu_q, cu_k, tiles)
         if scores:
-            ctx.softcap, slopes, bias, table, lut, ctx.dropout_p, rng = scores
-            saved = (*saved, slopes, bias, table, lut, rng)
+            ctx.softcap, slopes, bias, table, lut, ctx.dropout_p, rng, *positions = scores
+            saved = (*saved, slopes, bias, table, lut, rng, *positions)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -114,15 +118,20 @@ class _VarlenAttention(torch.autograd.Function):
         if dout.stride(-1) != 1:
             dout = dout.contiguous()
         call = (dout, dlse, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, tiles, *ctx.options)
+        grads = [None] * len(ctx.needs_input_grad)
         if not scores:
-            dq, dk, dv, _, _ = ctx.bwd(*call)
-            return (None, None, dq, dk, dv, *[None] * (_PLAIN + 3))
-        slopes, bias, table, lut, rng = scores
-        want = ctx.needs_input_grad[-5:-3]  # bias and table
-        scores = (ctx.softcap, slopes, bias, table, lut, ctx.dropout_p, rng)
-        dq, dk, dv, *learned = ctx.bwd(*call, *scores, any(want))
-        dbias, dtable = (dx.to(x.dtype) if wanted else None for dx, x, wanted in zip(learned, (bias, table), want))
-        return (None, None, dq, dk, dv, *[None] * (_PLAIN + 5), dbias, dtable, None, None, None)
+            grads[2:5] = ctx.bwd(*call)[:3]
+            return tuple(grads)
+        slopes, bias, table, lut, rng, *positions = scores
+        scores = (ctx.softcap, slopes, bias, table, lut, ctx.dropout_p, rng, *positions)
+        # The inputs that may be learned besides q, k and v, and where they stand among the arguments of forward.
+        learned, first = (positions, len(grads) - 2) if positions else ((bias, table), len(grads) - 5)
+        want = ctx.needs_input_grad[first : first + 2]
+        dq, dk, dv, *dlearned = ctx.bwd(*call, *scores, any(want))
+        grads[2:5] = dq, dk, dv
+        for place, x, dx in zip((first, first + 1), learned, dlearned):
+            grads[place] = dx.to(x.dtype) if ctx.needs_input_grad[place] else None
+        return tuple(grads)
 
 
 def _prepare(
@@ -191,17 +200,22 @@ def _check_tensors(q, k, v):
 
 def _reference(
     q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, softcap=0.0, slopes=None, bias=None,
-    table=None, lut=None, dropout_p=0.0, rng=None,
+    table=None, lut=None, dropout_p=0.0, rng=None, position_keys=None, position_queries=None,
 ):  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):  # its products stay in float32
         return reference(
             q, k, v, cu_q, cu_k, scale, left, right, top_left, softcap=softcap, alibi_slopes=slopes, bias=bias,
-            rel_table=table, rel_lut=lut, dropout_p=dropout_p, rng=rng,
+            rel_table=table, rel_lut=lut, dropout_p=dropout_p, rng=rng, position_keys=position_keys,
+            position_queries=position_queries,
         )  # fmt: skip
 
 
 def _refuse_scores(scores):
     return "has no softcap, alibi_slopes, bias or dropout" if scores else None
+
+
+def _refuse_disentangled(scores):
+    return "has no DisentangledBias" if len(scores) > 6 else None
 
 
 def _refuse_cpu(q, *rest):
@@ -243,7 +257,7 @@ def _bwd_cuda(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, *o
 
 
 def _refuse_triton(q, k, v, *rest):
-    reason = dispatch.refuse_triton(q) or _refuse_scores(rest[-1])
+    reason = dispatch.refuse_triton(q) or _refuse_disentangled(rest[-1]) or _refuse_scores(rest[-1])
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
         reason = f"head width must be at most 256; got {max(q.shape[2], v.shape[2])}"
     if reason is None and q.dtype == torch.float64:
@@ -265,8 +279,11 @@ _TABLE = dispatch.Table(
     dispatch.Backend("reference", dispatch.never, None),
     probe=_probe,
 )
+# What serves a DisentangledBias in the rows that do not refuse it.
+_DISENTANGLED = {"cpu": dispatch.Backend("cpu", _refuse_cpu, _fwd_disentangled, _bwd_disentangled)}
 
 
+@fake("varlen_attention_disentangled_fwd")
 @fake("varlen_attention_fwd")
 def _fwd_fake(q, k, v, *rest):
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -279,4 +296,15 @@ def _bwd_fake(
     softcap=0.0, slopes=None, bias=None, table=None, lut=None, dropout_p=0.0, rng=None, want_dbias=False,
 ):  # fmt: skip
     learned = (q.new_empty(0 if x is None or not want_dbias else x.shape, dtype=lse.dtype) for x in (bias, table))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *learned
+
+
+@fake("varlen_attention_disentangled_bwd")
+def _bwd_disentangled_fake(
+    dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, deterministic,
+    softcap=0.0, slopes=None, bias=None, table=None, lut=None, dropout_p=0.0, rng=None, position_keys=None,
+    position_queries=None, want_dbias=False,
+):  # fmt: skip
+    positions = (position_keys, position_queries)
+    learned = (q.new_empty(0 if x is None or not want_dbias else x.shape, dtype=lse.dtype) for x in positions)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *learned

@@ -63,9 +63,27 @@ def position_bias(b, lq, lk, shift, work, device, alibi_slopes, bias, rel_table,
     return sum(parts[1:], parts[0]) if parts else None
 
 
+def disentangled_bias(q, k, scale, shift, position_keys, position_queries, lut):
+    """scale * (q_i . position_keys[x] + k_j . position_queries[x]) of a sequence, x = lut[j - i - shift]: (H, lq, lk).
+
+    q (lq, H, D), k (lk, Hkv, D); the tables are (rows, H, D), either may be None.
+    """
+    (lq, heads, _), lk, reach = q.shape, k.shape[0], lut.shape[0] // 2
+    distance = torch.arange(lk, device=q.device) - torch.arange(lq, device=q.device)[:, None] - shift
+    rows = lut[distance.clamp(-reach, reach) + reach].long().expand(heads, lq, lk)
+    total = q.new_zeros(heads, lq, lk)
+    if position_keys is not None:
+        total = total + torch.einsum("ihd,rhd->hir", q, position_keys.to(q.dtype)).gather(2, rows)
+    if position_queries is not None:
+        k = k.repeat_interleave(heads // k.shape[1], 1)
+        by_key = torch.einsum("jhd,rhd->hjr", k, position_queries.to(q.dtype))
+        total = total + by_key.gather(2, rows.transpose(1, 2)).transpose(1, 2)
+    return total * scale
+
+
 def varlen_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, scale, window_left, window_right, top_left, *, softcap=0.0, alibi_slopes=None,
-    bias=None, rel_table=None, rel_lut=None, dropout_p=0.0, rng=None,
+    bias=None, rel_table=None, rel_lut=None, dropout_p=0.0, rng=None, position_keys=None, position_queries=None,
 ):  # fmt: skip
     """The contract of ops.varlen_attention in code; computes in float32 (float64 for float64 inputs)."""
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -75,15 +93,18 @@ def varlen_attention(
         rows, keys = slice(*starts_q[b : b + 2]), slice(*starts_k[b : b + 2])
         lq, lk = rows.stop - rows.start, keys.stop - keys.start
         shift = 0 if top_left else lk - lq
+        parts = q[rows].to(work), k[keys].to(work), v[keys].to(work)
         added = position_bias(b, lq, lk, shift, work, q.device, alibi_slopes, bias, rel_table, rel_lut)
+        if position_keys is not None or position_queries is not None:
+            content = disentangled_bias(*parts[:2], scale, shift, position_keys, position_queries, rel_lut)
+            added = content if added is None else added + content
         dropout = keep_mask(rng, dropout_p, b, heads, lq, lk).to(work) / (1 - dropout_p) if dropout_p else None
         keep = visible(lq, lk, window_left, window_right, top_left, q.device)
-        parts = q[rows].to(work), k[keys].to(work), v[keys].to(work)
         out, lse = attend(*parts, keep, scale, softcap=softcap, bias=added, dropout=dropout)
         outs.append(out)
         lses.append(lse)
     rest = q.shape[0] - starts_q[-1]  # rows beyond the last sequence: zeros
-    learned = (x for x in (q, k, v, bias, rel_table) if x is not None)
+    learned = (x for x in (q, k, v, bias, rel_table, position_keys, position_queries) if x is not None)
     nothing = sum(x[:0].sum(dtype=work) for x in learned)  # 0, and a gradient even where there are no sequences
     outs.append(q.new_zeros((rest, heads, v.shape[-1]), dtype=work) + nothing)
     lses.append(q.new_full((heads, rest), float("-inf"), dtype=work) + nothing)
