@@ -53,8 +53,8 @@ def selective_scan(
 
         x_t = exp(d_t A) x_{t-1} + d_t u_t B_t ,   y_t = <C_t, x_t> + skip u_t ,   out_t = y_t silu(z_t)
 
-    Shapes: layout "BDL": u, delta, z (B, D, L), B and C (B, N, L) or (B, G, N, L); "BLD": u, delta, z (B, L, D), B and C
-        (B, L, N) or (B, L, G, N). D channels, L tokens, 1 <= N <= 256; channel c reads group c // (D // G). A (D, N);
+    Shapes: layout "BDL": u, delta, z (B, D, L), B and C (B, N, L) or (B, G, N, L); "BLD": u, delta, z (B, L, D), B and
+        C (B, L, N) or (B, L, G, N). D channels, L tokens, 1 <= N <= 256; channel c reads group c // (D // G). A (D, N);
         skip (Mamba's D) and delta_bias (D,). Packed, with cu_seqlens, without the batch dim or with one of 1. Returns
         out in the shape of u.
     Dtypes: u, delta, B, C, z alike, float16, bfloat16, float32 or (CPU and reference) float64; A, skip, delta_bias and
@@ -71,8 +71,8 @@ def selective_scan(
         after each, (B, P, D, N), without B where u has none; 0 for a token of no sequence.
 
     A sequence without tokens returns its initial state. On the CPU a bad cu_seqlens raises ValueError.
-    Gradients: all tensors, through the states too. Deterministic, on the CPU for any number of threads. Host sync: none,
-    except in the reference.
+    Gradients: all tensors, through the states too. Deterministic, on the CPU for any number of threads. Host sync:
+    none, except in the reference.
     Cost: reads u, delta, z, B and C once, writes out once; B L D N exponentials. Where a gradient is needed it keeps
         the state before every 64 tokens; the backward recomputes the others. x of all tokens is never in memory.
     Source: Gu and Dao, Mamba (2023), equation 2 and algorithm 2, with the simplified discretisation of its code.
@@ -152,9 +152,7 @@ class _SelectiveScan(torch.autograd.Function):
         if dout is None:
             dout = inputs[0].new_zeros(1).expand_as(inputs[0])
         dfinal, dstates = (None if x is None else x.contiguous() for x in (dfinal, dstates))
-        gradients = ctx.bwd(
-            dout, dfinal, dstates, *inputs, ctx.has_initial, cu_seqlens, slots, carries, *ctx.options
-        )
+        gradients = ctx.bwd(dout, dfinal, dstates, *inputs, ctx.has_initial, cu_seqlens, slots, carries, *ctx.options)
         du, ddelta, dA, dB, dC, dskip, dz, dbias, dinitial = gradients
         _, _, _, _, _, skip, z, bias = inputs
         optional = [dx if there else None for dx, there in ((dskip, skip is not None), (dz, z is not None),

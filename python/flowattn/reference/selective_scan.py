@@ -40,7 +40,7 @@ def selective_scan(
         states = batch if cu_seqlens is None else len(rows)
         initial = u.new_zeros(states, channels, A.shape[1])
     ys, finals, kept = [], [], {}
-    for s, (row, begin, end) in enumerate(rows):
+    for s, (_, begin, end) in enumerate(rows):
         state = initial if cu_seqlens is None else initial[s : s + 1]
         if begin < end:
             part = slice(begin, end)
