@@ -16,8 +16,6 @@ constexpr int64_t kSetTokens = 256;  // short sequences share a task, and one pa
 
 using MaybeTensor = std::optional<Tensor>;
 
-void* data_of(const MaybeTensor& x) { return x ? x->data_ptr() : nullptr; }
-
 struct Call {
   SelectiveScan op{};
   const Tensor& u;
@@ -168,10 +166,10 @@ Gradients selective_scan_bwd_cpu(Tensor dout, MaybeTensor dfinal, MaybeTensor ds
   FA_CHECK(chunk > 0, kOp, "the backward needs the states of the forward, chunk must be positive", chunk);
   const ScanSegments segments(kOp, op.batch, op.tokens, cu_seqlens, {}, reverse, has_initial);
   const int64_t used = segments.used, states = segments.states;
-  call.use_slots(slots, dstates ? dstates->size(1) : 0);
   if (dstates) {
+    call.use_slots(slots, dstates->size(1));
     call.parameter("dstates", *dstates, {op.batch, op.num_slots, op.channels, op.states});
-    op.dslot_states = data_of(dstates);
+    op.dslot_states = dstates->data_ptr();
   }
   check_scan_tensor(kOp, "carries", carries, call.compute,
                     {op.batch * op.tokens / chunk + states, op.states, op.channels}, true);

@@ -208,7 +208,7 @@ def _parameter(name, x, u, shape):
     checks.require(x.dtype == dtype, _OP, f"{name} must be {dtype}", x.dtype, "call .float() on it", TypeError)
     checks.require(x.device == u.device, _OP, f"{name} must be on the device of u, {u.device}", x.device)
     fits = x.dim() == len(shape) and x.shape[0] == shape[0]
-    text = str(shape).replace("None", "N")
+    text = f"({shape[0]}, N)" if len(shape) == 2 else f"({shape[0]},)"
     checks.require(fits, _OP, f"{name} must have shape {text}", tuple(x.shape))
     return x.contiguous()
 
