@@ -19,6 +19,7 @@ struct Workspace {
 
   // For each block of W channels: (N, W) or (W).
   E *A, *state, *dA, *skip, *bias, *dskip, *dbias;
+  E* tile_dA;                    // (N, W)
   E *B, *C;                      // (tile, N) scalars
   E *u, *d, *z, *y;              // (tile, W); y: y, in the forward then out
   E *slope, *gy, *du, *dd;       // (tile, W); gy: dout first, z becomes dz, slope of softplus
@@ -33,6 +34,7 @@ struct Workspace {
     take(op.tile * W, u, d, z, y);
     if (backward) {
       take(state_size, dA);
+      take(op.states * W, tile_dA);
       take(lanes, dskip, dbias);
       take(op.tile * W, slope, gy, du, dd);
       take(rows * W, decays);
@@ -108,6 +110,7 @@ class Pass {
   }
 
  private:
+  static void add(E* to, V value) { store(to, load(to) + value); }
   int64_t first_channel(int64_t block) const { return task_.first + block * W; }
   int lanes(int64_t block) const { return int(min(W, task_.last - first_channel(block))); }
   TilePlace place(int64_t block, int64_t begin, int64_t tokens) const {
@@ -251,10 +254,11 @@ class Pass {
   }
 
   void backward_tile(const TilePlace& tile, int64_t block) {
-    E *gradient = w_.state + block * N_ * W, *dA = w_.dA + block * N_ * W;
+    E* gradient = w_.state + block * N_ * W;
     const E* A = w_.A + block * N_ * W;
     const V skip = load(w_.skip + block * W);
-    V dskip = load(w_.dskip + block * W), dbias = load(w_.dbias + block * W);
+    V dskip = {}, dbias = {};
+    __builtin_memset(w_.tile_dA, 0, N_ * W * sizeof(E));
     for (int64_t k = tile.tokens - 1; k >= 0; --k) {
       const V d = load(w_.d + k * W), u = load(w_.u + k * W), gy = load(w_.gy + k * W), du = d * u;
       const E *B = w_.B + k * N_, *C = w_.C + k * N_;
@@ -268,9 +272,9 @@ class Pass {
         const int64_t i = row + j * W;
         const V lambda = load(gradient + j * W) + gy * C[j], before = load(w_.states + i);
         const V back = lambda * load(w_.decays + i), through = back * before;
-        store(w_.dC + i, load(w_.dC + i) + gy * load(w_.states + i + N_ * W));
-        store(w_.dB + i, load(w_.dB + i) + lambda * du);
-        store(dA + j * W, load(dA + j * W) + through * d);
+        add(w_.dC + i, gy * load(w_.states + i + N_ * W));
+        add(w_.dB + i, lambda * du);
+        add(w_.tile_dA + j * W, through * d);
         store(gradient + j * W, back);
         along_B += lambda * B[j];
         along_A += through * load(A + j * W);
@@ -280,7 +284,9 @@ class Pass {
       store(w_.dd + k * W, dd);
       dskip += gy * u, dbias += dd;
     }
-    store(w_.dskip + block * W, dskip), store(w_.dbias + block * W, dbias);
+    // Sums of sums: one running sum over all tokens would lose digits.
+    add(w_.dskip + block * W, dskip), add(w_.dbias + block * W, dbias);
+    for (int64_t j = 0; j < N_; ++j) add(w_.dA + (block * N_ + j) * W, load(w_.tile_dA + j * W));
   }
 
   void write_gradients(const TilePlace& tile) {
