@@ -1,15 +1,16 @@
 """Classify handwritten digits that arrive row by row: Aaren against a causal Transformer of the same size.
 
-    pip install flowattn scikit-learn matplotlib
+    pip install "flowattn[examples]"
     python examples/aaren_digits.py
 
 scikit-learn ships 1797 scanned digits of 8 x 8 pixels (UCI ML repository). Each becomes a stream of 8 tokens, its rows;
-after every token the models answer. Writes out/aaren_digits.png: accuracy against the rows seen, and the memory and
-time of one streamed token against the length of the stream before it.
+after every token the models answer. Writes out/aaren_digits.png (--out): accuracy against the rows seen, and the memory
+and time of one streamed token against the length of the stream before it; prints the same as the README's table.
 """
 
 import argparse
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -103,8 +104,8 @@ def train(name, body, data, epochs):
             optimizer.step()
             schedule.step()
         print(f"\r{name}: epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}", end="", flush=True)
-    print(f", {time.perf_counter() - start:.1f} s")
-    return model.eval()
+    print()
+    return model.eval(), time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -116,15 +117,17 @@ def accuracy(model, data):
 
 @torch.no_grad()
 def stream_costs(body, state_after, repeats=20):
-    """(bytes of state, milliseconds of one step) after streams of each length."""
+    """(bytes of state, median milliseconds of one step) after streams of each length."""
     sizes, times, x = [], [], torch.randn(1, WIDTH)
     for length in STREAM_LENGTHS:
         state = state_after(length)
         body.step(x, state)
-        start = time.perf_counter()
+        steps = []
         for _ in range(repeats):
+            start = time.perf_counter()
             body.step(x, state)
-        times.append((time.perf_counter() - start) / repeats * 1e3)
+            steps.append((time.perf_counter() - start) * 1e3)
+        times.append(statistics.median(steps))
         sizes.append(sum(part.numel() * part.element_size() for layer in state for part in layer))
     return sizes, times
 
@@ -134,12 +137,22 @@ def aaren_state(body, length):
     return body(torch.randn(1, length, WIDTH), output_state=True)[1]
 
 
+def table(results):
+    """The README's table."""
+    stream = [f"{length} tokens before" for length in STREAM_LENGTHS]
+    yield f"| | parameters | training | right after 4 rows | after all 8 | {' | '.join(stream)} |"
+    yield "|---" * (5 + len(stream)) + "|"
+    for name, (count, seconds, right, sizes, times) in results.items():
+        costs = (f"{size / 1024:,.1f} KiB, {milliseconds:.2f} ms" for size, milliseconds in zip(sizes, times))
+        yield f"| {name} | {count} | {seconds:.0f} s | {right[3]:.1%} | {right[7]:.1%} | {' | '.join(costs)} |"
+
+
 def plot(path, results):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for name, (right, sizes, times) in results.items():
+    for name, (_, _, right, sizes, times) in results.items():
         axes[0].plot(range(1, len(right) + 1), right, label=name)
         axes[1].loglog(STREAM_LENGTHS, [size / 1024 for size in sizes], "o-", label=name)
         axes[2].loglog(STREAM_LENGTHS, times, "o-", label=name)
@@ -148,7 +161,7 @@ def plot(path, results):
         axis.set(title=title, xlabel=label)
         axis.grid(alpha=0.3)
         axis.legend()
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(exist_ok=True, parents=True)
     figure.savefig(path, dpi=120)
 
 
@@ -162,18 +175,16 @@ def main():
     for name, make in (("Aaren", lambda: Aaren(WIDTH, HEADS, LAYERS, HIDDEN)), ("Transformer", Transformer)):
         torch.manual_seed(0)
         body = make()
-        model = train(name, body, seen, arguments.epochs)
+        model, seconds = train(name, body, seen, arguments.epochs)
         right = accuracy(model, unseen)
         if name == "Aaren":
             body.fuse_inference()
             costs = stream_costs(body, lambda length, body=body: aaren_state(body, length))
         else:
             costs = stream_costs(body, lambda length, body=body: body.init_state(1, length))
-        results[name] = (right.tolist(), *costs)
-        count = sum(p.numel() for p in body.parameters())
-        print(f"  {count} parameters; right after 4 rows {right[3]:.1%}, after all 8 {right[7]:.1%}")
-        for length, size, milliseconds in zip(STREAM_LENGTHS, *costs):
-            print(f"  after {length:6} tokens: state {size / 1024:9.1f} KiB, next token {milliseconds:.3f} ms")
+        results[name] = (sum(p.numel() for p in body.parameters()), seconds, right.tolist(), *costs)
+    print(f"{torch.get_num_threads()} threads; state of one stream and time of its next token:\n")
+    print("\n".join(table(results)), end="\n\n")
     plot(arguments.out, results)
     print(f"wrote {arguments.out}")
 

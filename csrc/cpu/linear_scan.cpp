@@ -76,14 +76,6 @@ struct Call {
   }
 };
 
-// Sequences without a token pass their state on; absent states are 0. `to` is contiguous.
-void pass_states(const Tensor& to, const MaybeTensor& from, const std::vector<int64_t>& empty) {
-  for (int64_t state : empty) {
-    Tensor target = torch::stable::select(to, 0, state);
-    from ? torch::stable::copy_(target, torch::stable::select(*from, 0, state)) : torch::stable::zero_(target);
-  }
-}
-
 std::tuple<Tensor, Tensor> linear_scan_fwd_cpu(Tensor gates, Tensor tokens, MaybeTensor initial, MaybeTensor cu_seqlens,
                                                MaybeTensor reset, bool log_gate, bool reverse) {
   Call call(gates, tokens, log_gate);
@@ -96,19 +88,6 @@ std::tuple<Tensor, Tensor> linear_scan_fwd_cpu(Tensor gates, Tensor tokens, Mayb
   clear_rows(out, segments.used);
   call.run(false, segments);
   return {out, final};
-}
-
-// The sum over chunks of (chunks, n) parts, in a fixed order.
-template <typename T>
-void sum_parts(const Tensor& parts, const Tensor& total) {
-  const T* in = static_cast<const T*>(parts.data_ptr());
-  T* out = static_cast<T*>(total.data_ptr());
-  const int64_t n = total.numel();
-  std::vector<double> sums(n, 0.0);
-  for (int64_t part = 0; part < parts.size(0); ++part) {
-    for (int64_t j = 0; j < n; ++j) sums[j] += in[part * n + j];
-  }
-  std::copy(sums.begin(), sums.end(), out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_scan_bwd_cpu(Tensor dout, MaybeTensor dfinal, Tensor gates, Tensor out,
@@ -139,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_bwd_cpu(Tensor dout, MaybeTensor 
       torch::stable::new_empty(out, {gates.size(0), gates.size(1), gates.size(2), gates.size(3)}, call.compute);
   op.dgate_parts = call.split_heads(scan_state(parts));
   call.run(true, segments);
-  call.compute == ScalarType::Double ? sum_parts<double>(parts, total) : sum_parts<float>(parts, total);
+  sum_parts(parts, total);
   Tensor result = dgates;
   torch::stable::copy_(result, total);
   return {result, dtokens, dinitial};

@@ -114,6 +114,31 @@ inline void clear_rows(const Tensor& x, int64_t first) {
   std::memset(static_cast<char*>(x.data_ptr()) + first * row_bytes, 0, (x.size(1) - first) * row_bytes);
 }
 
+// Sequences without a token pass their state on; absent states are 0. `to` is contiguous.
+inline void pass_states(const Tensor& to, const std::optional<Tensor>& from, const std::vector<int64_t>& empty) {
+  for (int64_t state : empty) {
+    Tensor target = torch::stable::select(to, 0, state);
+    from ? torch::stable::copy_(target, torch::stable::select(*from, 0, state)) : torch::stable::zero_(target);
+  }
+}
+
+// The sums of (parts, n) numbers over the parts, in a fixed order and in double; both tensors in the compute type.
+template <typename T>
+void sum_parts_as(const Tensor& parts, const Tensor& total) {
+  const T* in = static_cast<const T*>(parts.data_ptr());
+  T* out = static_cast<T*>(total.data_ptr());
+  const int64_t n = total.numel();
+  std::vector<double> sums(n, 0.0);
+  for (int64_t part = 0; part < parts.size(0); ++part) {
+    for (int64_t j = 0; j < n; ++j) sums[j] += in[part * n + j];
+  }
+  std::copy(sums.begin(), sums.end(), out);
+}
+
+inline void sum_parts(const Tensor& parts, const Tensor& total) {
+  total.scalar_type() == ScalarType::Double ? sum_parts_as<double>(parts, total) : sum_parts_as<float>(parts, total);
+}
+
 // Runs `pass(phase, task, carry, local, scratch)` over all segments. With enough segments and heads each item is a
 // segment and some heads, and is walked once; else the items are chunks: their aggregates first, then the carries
 // between them, then the results. Both add in the same order. `scratch_bytes(n)` is the memory a walk of n heads needs.

@@ -13,6 +13,7 @@ from flowattn.ops.prefix_attention import (
     prefix_attention_step,
     prefix_state_merge,
 )
+from flowattn.ops.selective_scan import SelectiveInputs, bi_selective_scan, selective_scan
 from flowattn.ops.varlen_attention import varlen_attention
 
 __version__ = "0.1.0"
@@ -22,8 +23,10 @@ __all__ = [
     "PackPlan",
     "PrefixState",
     "RelativeBias",
+    "SelectiveInputs",
     "TokenBudgetBatchSampler",
     "aaren_attention",
+    "bi_selective_scan",
     "bias_gelu",
     "bias_residual_layer_norm",
     "explain",
@@ -34,6 +37,7 @@ __all__ = [
     "prefix_attention",
     "prefix_attention_step",
     "prefix_state_merge",
+    "selective_scan",
     "unpack",
     "use_backend",
     "varlen_attention",

@@ -25,6 +25,9 @@ _SCORES = (
 # Disentangled attention has ops of its own, so that no backend must return gradients of tables that it does not take.
 _POSITIONS = "Tensor? position_keys=None, Tensor? position_queries=None"
 
+# What a selective scan is given: u, delta, z (B, E, L) or (B, L, E), A (E, N), B, C (B, G, N, L) or (B, L, G, N).
+_SELECTIVE = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? skip, Tensor? z, Tensor? delta_bias"
+
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "bias_gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
@@ -49,6 +52,13 @@ SCHEMAS = {
     "prefix_attention_bwd": "(Tensor dout, Tensor? dlse, Tensor? du_final, Tensor? dw_final, Tensor scores,"
     " Tensor values, Tensor? mask, Tensor? reset, Tensor? cu_seqlens, Tensor? m0, Tensor out, Tensor m, Tensor u,"
     " Tensor u_final, bool reverse) -> (Tensor dscores, Tensor dvalues, Tensor du0, Tensor dw0)",
+    "selective_scan_fwd": f"({_SELECTIVE}, Tensor? initial, Tensor? cu_seqlens, Tensor? slots, int num_slots,"
+    " bool softplus, bool reverse, bool time_last, int chunk)"
+    " -> (Tensor out, Tensor final, Tensor states, Tensor carries)",
+    "selective_scan_bwd": f"(Tensor dout, Tensor? dfinal, Tensor? dstates, {_SELECTIVE}, bool has_initial,"
+    " Tensor? cu_seqlens, Tensor? slots, Tensor carries, bool softplus, bool reverse, bool time_last, int chunk)"
+    " -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dskip, Tensor dz, Tensor dbias,"
+    " Tensor dinitial)",
     "varlen_attention_fwd": f"({_ATTENTION}, {_SCORES}) -> (Tensor out, Tensor lse)",
     "varlen_attention_bwd": f"({_ATTENTION_BWD}, {_SCORES}, bool want_dbias=False)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
@@ -56,7 +66,12 @@ SCHEMAS = {
     "varlen_attention_disentangled_bwd": f"({_ATTENTION_BWD}, {_SCORES}, {_POSITIONS}, bool want_dbias=False)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dposition_keys, Tensor dposition_queries)",
 }
-TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
+TRITON_OPS = {
+    "selective_scan_fwd": "selective_scan",
+    "selective_scan_bwd": "selective_scan",
+    "varlen_attention_fwd": "varlen_attention",
+    "varlen_attention_bwd": "varlen_attention",
+}
 
 _LIB = torch.library.Library("flowattn", "DEF")
 
