@@ -1,10 +1,9 @@
 // The scores of aaren_attention on CUDA.
-#include "cuda/aaren_scores.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "cuda/aaren_scores.cuh"
 #include "cuda/scan_launch.h"
 
 namespace flowattn {

@@ -1,11 +1,10 @@
 // linear_scan on CUDA: checks, output allocation, choice of a kernel, launches.
-#include "cuda/linear_scan.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <type_traits>
 
+#include "cuda/linear_scan.cuh"
 #include "cuda/scan_launch.h"
 
 namespace flowattn {

@@ -65,10 +65,10 @@ __device__ inline Floats<KA> gates_of(const Pack<G, V>& raw, const TokenGate& to
 
 // S: tokens, G: full gates, Full: a gate for each element.
 template <class S, class G, int V, bool Full>
-__global__ void __launch_bounds__(kScanThreads, 2)
+__global__ void __launch_bounds__(kScanThreads, Full ? 2 : 3)
     linear_scan_fwd_kernel(const __grid_constant__ LinearScanArgs args) {
   constexpr int N = kLinearFwdTokens<S, G, Full>, KA = Full ? V : 1;
-  typedef WarpMaps<V, 0, KA, double> Maps;
+  typedef WarpMaps<V, 0, Full, double> Maps;
   __shared__ Maps maps;
   __shared__ TokenGate scalars[kScanTile];
   __shared__ float carry[kScanColumns];
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     __syncthreads();
 
     // One step from the state h; `nothing`: there is no state.
-    const auto step = [&](int n, const TokenGate& token, const Floats<KA>& gate, float(&h)[V], bool nothing) {
+    const auto step = [&](int n, const TokenGate& token, const Floats<KA>& gate, float (&h)[V], bool nothing) {
       const Floats<V> x = floats(inputs[n]);
       if (token.code & kInitial) {
         const Floats<V> start = initial(token.code);
@@ -135,6 +135,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const TokenGate token = scalars[me.group * N + n];
+      forget_floats(inputs[n]);
+      if constexpr (Full) forget_floats(raw[n]);
       step(n, token, gates_of<KA, Full>(raw[Full ? n : 0], token, args.log_gate), h, false);
       if (!me.active || mine + n >= shape.tokens) continue;
       Floats<V> result;
@@ -152,10 +154,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 }
 
 template <class S, class G, int V, bool Full>
-__global__ void __launch_bounds__(kScanThreads, 2)
-    linear_scan_bwd_kernel(const __grid_constant__ LinearScanArgs args) {
+__global__ void __launch_bounds__(kScanThreads, 2) linear_scan_bwd_kernel(const __grid_constant__ LinearScanArgs args) {
   constexpr int N = kLinearBwdTokens, KA = Full ? V : 1;
-  typedef WarpMaps<V, 0, KA, double> Maps;
+  typedef WarpMaps<V, 0, Full, double> Maps;
   __shared__ Maps maps;
   __shared__ TokenGate scalars[kScanTile];
   __shared__ float carry[kScanColumns];
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     __syncthreads();
 
     // lambda of a token, from c behind it.
-    const auto lambda = [&](int n, const TokenGate& token, const float(&c)[V]) {
+    const auto lambda = [&](int n, const TokenGate& token, const float (&c)[V]) {
       Floats<V> sum = floats(gradients[n]);
       if (token.code & kLast) {
         if ((token.code & kFinal) && args.dfinal.data) {
@@ -228,6 +229,8 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const TokenGate token = scalars[me.group * N + n];
+      forget_floats(gradients[n]);
+      if constexpr (Full) forget_floats(raw[n]);
       const Floats<KA> gate = gates_of<KA, Full>(raw[Full ? n : 0], token, args.log_gate);
       const int64_t t = token_at(shape, mine + n);
       const bool inside = mine + n < shape.tokens, outside = token.code & kOutside;

@@ -1,10 +1,9 @@
 // prefix_attention on CUDA: checks, output allocation, launches.
-#include "cuda/prefix_attention.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "cuda/prefix_attention.cuh"
 #include "cuda/scan_launch.h"
 
 namespace flowattn {
@@ -54,9 +53,8 @@ struct Call {
 
   template <class Run>
   void with_kernel(const Run& run) const {
-    with_element(kOp, values, [&](auto s) {
-      with_vectors<decltype(s)>(alignment.vectors(), [&](auto v) { run(s, v); });
-    });
+    with_element(kOp, values,
+                 [&](auto s) { with_vectors<decltype(s)>(alignment.vectors(), [&](auto v) { run(s, v); }); });
   }
 };
 
@@ -72,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_
   const Tensor out = torch::stable::new_empty(values, {call.batch, call.tokens, call.heads, call.width});
   const Tensor m = empty_floats(values, {call.batch, kept, call.heads});
   const Tensor u = empty_floats(values, {call.batch, kept, call.heads});
-  const Tensor m_final = empty_floats(values, {states, call.heads}), u_final = empty_floats(values, {states, call.heads});
+  const Tensor m_final = empty_floats(values, {states, call.heads}),
+               u_final = empty_floats(values, {states, call.heads});
   const Tensor w_final = empty_floats(values, {states, call.heads, call.width});
   const std::tuple results(out, m, u, m_final, u_final, w_final);
   if (out.numel() == 0) {

@@ -3,7 +3,8 @@
 // The scalars of a tile take a thread each; the threads of a group then read a and g of their tokens in shared memory.
 // The factor over several tokens is taken from (m, u) at their ends: a product of many a would add up their roundings.
 //
-// Backward, from the last token to the first: R_t = do_t + c_t, c_{t-1} = a_t R_t, and r alike with <do_t, o_t> - dlse_t;
+// Backward, from the last token to the first: R_t = do_t + c_t, c_{t-1} = a_t R_t, and r alike with <do_t, o_t> -
+// dlse_t;
 //   dv_t = g_t R_t,  ds_t = g_t (<R_t, v_t> - r_t).
 // Behind the last token c is u dw and -u du of the final state; before the first, c and -r are gradients of w0 and u0.
 #pragma once
@@ -77,12 +78,11 @@ struct alignas(16) PrefixToken {
   int code;
 };
 
-
 template <class S, int V>
-__global__ void __launch_bounds__(kScanThreads, 2)
+__global__ void __launch_bounds__(kScanThreads, 3)
     prefix_attention_fwd_kernel(const __grid_constant__ PrefixAttentionArgs args) {
   constexpr int N = kPrefixFwdTokens;
-  typedef WarpMaps<V, 0, 1, float> Maps;
+  typedef WarpMaps<V, 0, false, float> Maps;
   __shared__ Maps maps;
   __shared__ PrefixToken tokens[kScanTile];
   __shared__ float m_at[kScanTile + 1], u_at[kScanTile + 1];  // before the tile and after each of its tokens
@@ -110,8 +110,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     each_empty_sequence(args.sequences, run.tile * me.groups + me.group, shape.tiles * me.groups, [&](int s) {
       const bool given = args.sequences.initial;
       if (me.active) {
-        store(me.at(args.w_final, s) + me.column,
-              given ? load<V>(me.at(args.w0, s) + me.column) : splat<V>(0.0f));
+        store(me.at(args.w_final, s) + me.column, given ? load<V>(me.at(args.w0, s) + me.column) : splat<V>(0.0f));
       }
       if (me.lane == 0 && owns_scalars) {
         *me.at(args.m_final, s) = given ? *me.at(args.m0, s) : kNothing;
@@ -160,7 +159,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     const bool looks_back = look_back.ticket && run.tile > 0;
     Sums sums = weigh(looks_back ? Sums{kNothing, 0.0f, false} : carry_sums);
 
-    const auto step = [&](int n, const PrefixToken& token, float(&o)[V]) {
+    const auto step = [&](int n, const PrefixToken& token, float (&o)[V]) {
       if (token.code & kFirst) {
 #pragma unroll
         for (int e = 0; e < V; ++e) o[e] = 0.0f;
@@ -274,6 +273,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const PrefixToken token = tokens[begin + n];
+      forget_floats(values[n]);
       step(n, token, o);
       if (!me.active || mine + n >= shape.tokens) continue;
       Floats<V> result;
@@ -306,7 +306,7 @@ template <class S, int V>
 __global__ void __launch_bounds__(kScanThreads, 2)
     prefix_attention_bwd_kernel(const __grid_constant__ PrefixAttentionArgs args) {
   constexpr int N = kPrefixBwdTokens;
-  typedef WarpMaps<V, 1, 1, float> Maps;
+  typedef WarpMaps<V, 1, false, float> Maps;
   __shared__ Maps maps;
   __shared__ PrefixBwdToken tokens[kScanTile];
   __shared__ float2 sums_of[kScanTile], sums_before[kScanTile];  // (m, u) of a token and of the one before it
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     __syncthreads();
 
     // From c to R, columns and, at V, the scalar; `delta` is <do, o> - dlse of the token.
-    const auto step = [&](const PrefixBwdToken& token, const Floats<V>& gradient, float delta, float(&c)[V + 1]) {
+    const auto step = [&](const PrefixBwdToken& token, const Floats<V>& gradient, float delta, float (&c)[V + 1]) {
       if (token.code & kLast) {
 #pragma unroll
         for (int k = 0; k <= V; ++k) c[k] = 0.0f;
@@ -420,6 +420,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const PrefixBwdToken token = tokens[begin + n];
+      forget_floats(gradients[n]);
       step(token, floats(gradients[n]), deltas[n], c);
       const bool inside = mine + n < shape.tokens, kept = !(token.g < 0.0f);
       const int64_t t = token_at(shape, mine + n);

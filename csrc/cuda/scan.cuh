@@ -2,8 +2,8 @@
 //
 // A line is one (row, head, column block) of a (B, T, H, D) tensor. A block of threads takes a tile of a line: `lanes`
 // threads along the columns, V columns each, times kScanThreads / lanes groups along time, N tokens each. A group keeps
-// its tokens in registers, walks them once from nothing, learns the state before it, and walks them again: every element
-// is read once from memory. The state before the tile comes
+// its tokens in registers, walks them once from nothing, learns the state before it, and walks them again: every
+// element is read once from memory. The state before the tile comes
 //   * from the tile before, which the same block took, where there are lines enough to fill the GPU, else
 //   * by looking back. Each tile publishes what it does to a state as soon as it knows, and the last of every `block`
 //     tiles publishes its final state. A tile takes the latter from the block before its own, then applies the tiles in
@@ -25,7 +25,7 @@ struct ScanShape {
   int heads, width, column_blocks;
   int lanes, columns, tile;  // of a tile: threads along its columns, its columns, its tokens
   int tiles, lines;          // tiles of a line
-  bool backwards;          // from the last token to the first
+  bool backwards;            // from the last token to the first
 };
 
 // ---- tokens and segments ------------------------------------------------------------------------------------------
@@ -153,6 +153,19 @@ __device__ inline Floats<V> floats(const Pack<S, V>& pack) {
   return to;
 }
 
+// Hides from the compiler that a pack was converted before. It would keep the floats from one walk to the next, in
+// twice the registers.
+template <class S, int V>
+__device__ inline void forget_floats(Pack<S, V>& pack) {
+  if constexpr (sizeof(S) < sizeof(float) && V > 1) {
+    unsigned words[sizeof(pack) / sizeof(unsigned)];
+    memcpy(words, &pack, sizeof(pack));
+#pragma unroll
+    for (unsigned& word : words) asm volatile("" : "+r"(word));
+    memcpy(&pack, words, sizeof(pack));
+  }
+}
+
 // Sum over the threads of a group; each gets the same bits.
 __device__ inline float group_sum(float value, int lanes) {
   for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kWholeWarp, value, step);
@@ -168,8 +181,8 @@ __device__ inline float apply(double a, float h, float b) {
   return h == 0.0f ? b : static_cast<float>(fma(a, static_cast<double>(h), static_cast<double>(b)));
 }
 
-// h -> a h + b for K numbers with KA = 1 or K factors; h -> b if some token was a kFirst. Products of gates above 1 take
-// A = double: 2^1024 is out of reach for any state that a float could hold before.
+// h -> a h + b for K numbers with KA = 1 or K factors; h -> b if some token was a kFirst. Products of gates above 1
+// take A = double: 2^1024 is out of reach for any state that a float could hold before.
 template <int K, int KA, class A>
 struct Affine {
   A a[KA];
@@ -209,11 +222,13 @@ struct Affine {
 };
 
 // What the warps of a block do to a state. `X` more numbers than columns belong to it; every lane has them.
-template <int V, int X, int KA, class A>
+// Full: a factor for each column.
+template <int V, int X, bool Full, class A>
 struct WarpMaps {
+  static constexpr int KA = Full ? V : 1;
   typedef Affine<V + X, KA, A> Map;
 
-  A a[kScanWarps][KA == 1 ? 1 : kScanColumns];
+  A a[kScanWarps][Full ? kScanColumns : 1];
   float b[kScanWarps][kScanColumns + X];
   bool cut[kScanWarps];
 
@@ -226,7 +241,7 @@ struct WarpMaps {
     }
     if (lane >= kWarp - lanes) {
 #pragma unroll
-      for (int k = 0; k < KA; ++k) a[warp][KA == 1 ? 0 : offset + k] = map.a[k];
+      for (int k = 0; k < KA; ++k) a[warp][Full ? offset + k : 0] = map.a[k];
 #pragma unroll
       for (int k = 0; k < V; ++k) b[warp][offset + k] = map.b[k];
       if constexpr (X > 0) b[warp][lanes * V] = map.b[V];
@@ -243,7 +258,7 @@ struct WarpMaps {
 #pragma unroll
       for (int k = 0; k < V + X; ++k) {
         const int at = k < V ? offset + k : lanes * V;
-        h[k] = cut[warp] ? b[warp][at] : apply(a[warp][KA == 1 ? 0 : at], h[k], b[warp][at]);
+        h[k] = cut[warp] ? b[warp][at] : apply(a[warp][Full ? at : 0], h[k], b[warp][at]);
       }
     }
     before.act(h);
@@ -252,13 +267,13 @@ struct WarpMaps {
   // One number of the state: after the tile, and what the tile multiplies it with.
   __device__ float after(int at, float h) const {
     for (int warp = 0; warp < kScanWarps; ++warp) {
-      h = cut[warp] ? b[warp][at] : apply(a[warp][KA == 1 ? 0 : at], h, b[warp][at]);
+      h = cut[warp] ? b[warp][at] : apply(a[warp][Full ? at : 0], h, b[warp][at]);
     }
     return h;
   }
   __device__ A product(int at) const {
     A product = 1;
-    for (int warp = 0; warp < kScanWarps; ++warp) product *= a[warp][KA == 1 ? 0 : at];
+    for (int warp = 0; warp < kScanWarps; ++warp) product *= a[warp][Full ? at : 0];
     return product;
   }
   __device__ bool any_cut() const {
@@ -304,8 +319,8 @@ struct ScanLookBack {
   }
 };
 
-// The tiles of this block of threads: `tile` up to `end` of `line`. Blocks that look back take their tiles by ticket, the
-// earliest of all lines first, so whatever a tile waits for is running or done.
+// The tiles of this block of threads: `tile` up to `end` of `line`. Blocks that look back take their tiles by ticket,
+// the earliest of all lines first, so whatever a tile waits for is running or done.
 struct ScanRun {
   int line, tile, end;
 
@@ -342,12 +357,12 @@ __device__ inline void fetch(const Word* from, int count, Word* to) {
 constexpr int kLookBackColumns = 2048;  // most columns times tiles of a block; half as many with a factor a column
 constexpr int kScanWords = kLookBackColumns + kScanColumns + 4 * kScanBlock;
 
-// Publishes what this tile does, finds the state before it and, after the last tile of a block, publishes that after it.
-// `maps` are complete; `numbers` = columns of the tile + X. A barrier ends it.
-template <int V, int X, int KA, class A>
+// Publishes what this tile does, finds the state before it and, after the last tile of a block, publishes that after
+// it. `maps` are complete; `numbers` = columns of the tile + X. A barrier ends it.
+template <int V, int X, bool Full, class A>
 __device__ inline void look_back_affine(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
-                                        const WarpMaps<V, X, KA, A>& maps, Word* words, float* carry) {
-  const int numbers = shape.columns + X, factors = KA == 1 ? 1 : shape.columns;
+                                        const WarpMaps<V, X, Full, A>& maps, Word* words, float* carry) {
+  const int numbers = shape.columns + X, factors = Full ? shape.columns : 1;
   const int number = run.tile / look_back.block, before = run.tile % look_back.block, at = threadIdx.x;
   const bool ends_block = before == look_back.block - 1;
   if (!ends_block && at < numbers) {
@@ -363,7 +378,7 @@ __device__ inline void look_back_affine(const ScanShape& shape, const ScanLookBa
     if (number > 0) read_word(words[at], h);
     for (int tile = 0; tile < before; ++tile) {
       const Word* map = words + numbers + tile * look_back.tile_words;
-      const Word factor = map[KA == 1 ? 0 : at];
+      const Word factor = map[Full ? at : 0];
       A a;
       float b;
       read_word(factor, a), read_word(map[factors + at], b);
@@ -381,8 +396,8 @@ __device__ inline void look_back_affine(const ScanShape& shape, const ScanLookBa
 constexpr int kPartWarps = 32;
 
 template <class S>
-__global__ void __launch_bounds__(kWarp* kPartWarps) sum_parts_kernel(const float* parts, int64_t count, int64_t n,
-                                                                      S* out) {
+__global__ void __launch_bounds__(kWarp* kPartWarps)
+    sum_parts_kernel(const float* parts, int64_t count, int64_t n, S* out) {
   __shared__ float sums[kPartWarps][kWarp];
   const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x;
   float sum = 0.0f;

@@ -1,4 +1,5 @@
-// What the launchers of the scans share on a GPU: element types, alignment, the shape of tiles, memory for looking back.
+// What the launchers of the scans share on a GPU: element types, alignment, the shape of tiles, memory for looking
+// back.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -40,8 +40,8 @@ def linear_scan(
         state too.
     output_final_state: also return the last h of each sequence, shaped and typed as initial_state.
 
-    A sequence without tokens returns its initial state. On the CPU a bad cu_seqlens raises ValueError; on a GPU it gives
-    wrong results, but reads nothing out of bounds.
+    A sequence without tokens returns its initial state. On the CPU a bad cu_seqlens raises ValueError; on a GPU it
+    gives wrong results, but reads nothing out of bounds.
     Gradients: gates, tokens, initial_state, through the final state too. Deterministic, on the CPU for any number of
     threads, on a GPU in every schedule. No division, and products of gates run in float64 where they are needed, so no
     overflow that the recurrence has not. Host sync: none, except in the reference.
