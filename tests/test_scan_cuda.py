@@ -136,12 +136,12 @@ def test_packed_sequences_of_many_tiles(native, reverse):
 
 def test_offsets_that_lie_read_nothing_out_of_bounds(native):
     """The results are wrong, the memory is not: compute-sanitizer runs this too."""
-    scores, values = torch.randn(500, 2), torch.randn(500, 2, 64)
+    scores, values, reset = torch.randn(500, 2), torch.randn(500, 2, 64), torch.rand(500) < 0.1
     for ends in ([0, 10_000], [-7, 300, 200, 500], [300, 100], [2**31 - 1, -(2**31)]):
         cu = torch.tensor(ends, dtype=torch.int32)
         for reverse in (False, True):
-            out = fa.prefix_attention(scores, values, cu_seqlens=cu, reverse=reverse, output_final_state=True)[0]
-            h = fa.linear_scan(scores.sigmoid(), values, cu_seqlens=cu, reverse=reverse, output_final_state=True)[0]
+            options = {"cu_seqlens": cu, "reset": reset, "reverse": reverse, "output_final_state": True}
+            out, h = fa.prefix_attention(scores, values, **options)[0], fa.linear_scan(scores, values, **options)[0]
             assert out.shape == h.shape == values.shape
     torch.cuda.synchronize()
 

@@ -73,12 +73,15 @@ __device__ inline int token_code(const ScanSequences& of, int64_t row, int64_t t
     begin = max(int64_t{of.ends[state]}, int64_t{0}), end = min(int64_t{of.ends[state + 1]}, tokens);
   }
   const bool at_begin = t == begin, at_end = t == end - 1;
-  const bool first = of.reverse ? at_end : at_begin, final = of.reverse ? at_begin : at_end;
+  const int64_t next = of.reverse ? t - 1 : t + 1;
+  const bool first = of.reverse ? at_end : at_begin;
+  // Offsets that lie may end a sequence outside the row.
+  const bool final = (of.reverse ? at_begin : at_end) || next < 0 || next >= tokens;
   bool restarts = false, next_restarts = false;
   if (of.reset) {
     const bool* reset = of.reset + row * of.reset_row;
     restarts = reset[t * of.reset_time];
-    if (!final) next_restarts = reset[(of.reverse ? t - 1 : t + 1) * of.reset_time];
+    if (!final) next_restarts = reset[next * of.reset_time];
   }
   int code = state << kCodeBits;
   if (first || restarts) code |= kFirst;
