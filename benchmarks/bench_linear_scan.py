@@ -7,6 +7,7 @@ from benchmarks.harness import Bound, Case, Unsupported
 
 OP = "linear_scan"
 GPU_SHAPES = (
+    ((1, 1024, 8, 64), False),
     ((8, 8192, 1, 1536), True),
     ((8, 4096, 8, 64), True),
     ((8, 4096, 8, 64), False),
@@ -82,10 +83,47 @@ def associative_scan(case):
     return Bound(call)
 
 
+def channels_first(case, scan):
+    """A scan of (B, channels, T) tensors. Their layout is made outside the clock."""
+    gates, tokens = case.inputs
+    if gates.shape != tokens.shape or tokens.device.type != "cuda":
+        raise Unsupported("it takes a gate for each element, on a GPU")
+    shape = (tokens.shape[0], *tokens.shape[2:], tokens.shape[1])
+    return Bound(
+        scan,
+        lambda x: x.flatten(2).transpose(1, 2).contiguous(),
+        lambda x: x.unflatten(1, shape[1:3]).permute(0, 3, 1, 2),
+    )
+
+
+def accelerated_scan(case):
+    from accelerated_scan.warp import scan
+
+    return channels_first(case, scan)
+
+
+def fla_hgrn(case):
+    from fla.ops.hgrn import chunk_hgrn
+
+    gates, tokens = case.inputs
+    if gates.shape != tokens.shape or tokens.device.type != "cuda":
+        raise Unsupported("it takes a gate for each element, on a GPU")
+
+    def call(gates, tokens):
+        return chunk_hgrn(tokens.flatten(2), gates.log().flatten(2))[0].view_as(tokens)
+
+    return Bound(call)
+
+
 PROVIDERS = (
     ("flowattn", flowattn_call),
     ("Python loop", python_loop),
     ("torch associative_scan", associative_scan),
+    ("accelerated-scan", accelerated_scan),
+    ("fla chunk_hgrn", fla_hgrn),
 )
 MINE = ("flowattn",)
-NOTE = "The loop launches two kernels a time step; with many rows its steps are limited by memory like the scan."
+NOTE = (
+    "The loop launches two kernels a time step; with many rows its steps are limited by memory like the scan."
+    " chunk_hgrn takes logarithms of gates, which its time includes."
+)

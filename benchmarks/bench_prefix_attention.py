@@ -10,7 +10,15 @@ import flowattn as fa
 from benchmarks.harness import Bound, Case, Unsupported
 
 OP = "prefix_attention"
-GPU_SHAPES = ((32, 1024, 8, 64), (8, 4096, 8, 64), (8, 8192, 8, 64), (1, 65536, 8, 64))  # B, T, H, D
+GPU_SHAPES = (  # B, T, H, D
+    (1, 1024, 8, 64),
+    (8, 1024, 8, 64),
+    (32, 1024, 8, 64),
+    (8, 4096, 8, 64),
+    (8, 8192, 8, 64),
+    (1, 65536, 8, 64),
+    (1, 262144, 8, 64),
+)
 CPU_SHAPES = ((8, 4096, 8, 64), (1, 4096, 8, 64))
 QUICK_SHAPES = ((2, 33, 2, 8),)
 ATOL = {torch.float32: 1e-6, torch.bfloat16: 1e-3}  # another order of sums than plain torch's, which can be lucky

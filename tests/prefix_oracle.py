@@ -43,9 +43,11 @@ def oracle(scores, values, *, mask=None, reset=None, state=None, reverse=False):
     keep = scores != float("-inf")
     if mask is not None:
         keep = keep & (mask if mask.dim() == 3 else mask[..., None])
-    segment = torch.zeros(batch, length) if reset is None else reset.long().cumsum(1)
+    segment = torch.zeros(batch, length, device=values.device) if reset is None else reset.long().cumsum(1)
     same = segment[:, :, None] == segment[:, None, :]
-    visible = (same & torch.ones(length, length, dtype=torch.bool).tril())[..., None] & keep[:, None]  # (B, t, i, H)
+    visible = (same & torch.ones(length, length, dtype=torch.bool, device=values.device).tril())[..., None] & keep[
+        :, None
+    ]  # (B, t, i, H)
     logits = scores.double()[:, None].masked_fill(~visible, float("-inf"))
     content = values.double().masked_fill(~keep[..., None], 0.0)
     if state is not None:
@@ -85,9 +87,9 @@ def check_against_oracle(scores, values, state=None, lse_gradient=True, **option
             out, lse = oracle(s, v, state=start, **options)
         else:
             out, lse = fa.prefix_attention(s, v, initial_state=start, return_lse=True, **options)
-        generator = torch.Generator().manual_seed(1)
-        go = torch.randn(out.shape, generator=generator).to(values.dtype).to(out.dtype)
-        gl = torch.randn(lse.shape, generator=generator).to(lse.dtype) * lse_gradient
+        generator = torch.Generator(values.device).manual_seed(1)
+        go = torch.randn(out.shape, generator=generator, device=values.device).to(values.dtype).to(out.dtype)
+        gl = torch.randn(lse.shape, generator=generator, device=values.device).to(lse.dtype) * lse_gradient
         loss = (out * go).sum() + (lse.masked_fill(lse == float("-inf"), 0.0) * gl).sum()
         results.append((out, lse, *gradients(loss, leaves)))
     (out, lse, ds, dv, *dstate), (true_out, true_lse, true_ds, true_dv, *true_dstate) = results

@@ -8,10 +8,10 @@ import torch
 import flowattn as fa
 from flowattn.ops import linear_scan as module
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GATE_SHAPES = {"full": (2, 37, 3, 24), "head": (2, 37, 3), "constant": (3, 24), "constant_head": (3,)}
-on_backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+on_cpu_backends = pytest.mark.parametrize("backend", ("cpu", "reference"), indirect=True)
 
 # Largest error, by the largest true magnitude: of h, of the gradients. In half precision da inherits the rounded h.
 TOLERANCE = {
@@ -20,6 +20,10 @@ TOLERANCE = {
     torch.bfloat16: (8e-3, 1.6e-2),
     torch.float16: (1e-3, 2e-3),
 }
+
+
+def on_backends(test):
+    return pytest.mark.parametrize("backend", BACKENDS, indirect=True)(pytest.mark.usefixtures("scan_backend")(test))
 
 
 def wide(dtype):
@@ -72,9 +76,9 @@ def check_against_oracle(gates, tokens, initial=None, **options):
             out, final = oracle(*leaves, **options)
         else:
             out, final = fa.linear_scan(*leaves, output_final_state=True, **options)
-        generator = torch.Generator().manual_seed(1)
-        go = torch.randn(out.shape, generator=generator).to(tokens.dtype).to(out.dtype)
-        gf = torch.randn(final.shape, generator=generator).to(final.dtype)
+        generator = torch.Generator(tokens.device).manual_seed(1)
+        go = torch.randn(out.shape, generator=generator, device=tokens.device).to(tokens.dtype).to(out.dtype)
+        gf = torch.randn(final.shape, generator=generator, device=tokens.device).to(final.dtype)
         results.append((out, final, *gradients([out, final], leaves, [go, gf])))
     got, true = results
     assert got[0].dtype == tokens.dtype and got[1].dtype == wide(tokens.dtype)
@@ -158,7 +162,7 @@ def test_empty_tensors(backend, shape, constant):
 @pytest.mark.parametrize("gate", ("linear", "log"))
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
 @pytest.mark.parametrize("name", GATE_SHAPES)
-@on_backends
+@on_cpu_backends
 def test_gradcheck(backend, name, reverse, gate):
     gates, tokens = inputs(name, gate)
     gates = gates[:, :4, :2, ...] if not name.startswith("constant") else gates[:2]
@@ -179,7 +183,7 @@ def test_gradcheck(backend, name, reverse, gate):
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @on_backends
-def test_packed_equals_each_sequence_bitwise(backend, dtype, reverse, name):
+def test_packed_equals_each_sequence(backend, assert_same, dtype, reverse, name):
     ends = torch.tensor([0, 0, 5, 6, 6, 40, 73, 73])
     tokens = torch.randn(80, 3, 24).to(dtype)
     gates = torch.rand(80, 3, 24).to(dtype) if name == "full" else torch.rand(80, 3).to(dtype)
@@ -194,9 +198,9 @@ def test_packed_equals_each_sequence_bitwise(backend, dtype, reverse, name):
         parts = [x.detach().requires_grad_() for x in (gates[None, rows], tokens[None, rows], leaves[2][one])]
         part_out, part_final = fa.linear_scan(*parts, **options)
         grads = gradients([part_out, part_final], parts, [go[None, rows], gf[one]])
-        assert torch.equal(out[None, rows], part_out) and torch.equal(final[one], part_final)
-        for got, expected in zip((da[None, rows], db[None, rows], dh[one]), grads):
-            assert torch.equal(got, expected)
+        got = (out[None, rows], final[one], da[None, rows], db[None, rows], dh[one])
+        for result, expected in zip(got, (part_out, part_final, *grads)):
+            assert_same(result, expected)
 
 
 def test_constant_gates_of_packed_sequences_sum_over_all(native):
@@ -221,7 +225,7 @@ def test_reset_forgets_the_state_and_the_past(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
 @on_backends
-def test_split_and_resume(backend, dtype, reverse):
+def test_split_and_resume(backend, assert_same, dtype, reverse):
     gates, tokens = torch.rand(2, 60, 3, 8).to(dtype), torch.randn(2, 60, 3, 8).to(dtype)
     whole, last = fa.linear_scan(gates, tokens, output_final_state=True, reverse=reverse)
     cuts = [0, *sorted(torch.randint(0, 61, (5,)).tolist()), 60]
@@ -232,8 +236,8 @@ def test_split_and_resume(backend, dtype, reverse):
         outs[begin, end], state = fa.linear_scan(
             gates[:, part], tokens[:, part], state, output_final_state=True, reverse=reverse
         )
-    assert torch.equal(torch.cat([outs[span] for span in spans], 1), whole)  # the state is not rounded
-    assert torch.equal(state, last)
+    assert_same(torch.cat([outs[span] for span in spans], 1), whole)  # the state is not rounded
+    assert_same(state, last)
 
 
 @on_backends

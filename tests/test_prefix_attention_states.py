@@ -10,8 +10,14 @@ from prefix_oracle import DTYPES, TOLERANCE, assert_near, inputs, oracle, random
 import flowattn as fa
 from flowattn.ops import prefix_attention as module
 
-BACKENDS = ("cpu", "reference")
-on_backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+BACKENDS = ("cpu", "cuda", "reference")
+
+
+def on_backends(test):
+    return pytest.mark.parametrize("backend", BACKENDS, indirect=True)(pytest.mark.usefixtures("scan_backend")(test))
+
+
+on_cpu_backends = pytest.mark.parametrize("backend", ("cpu", "reference"), indirect=True)
 
 
 # --- states
@@ -49,7 +55,7 @@ def test_steps_equal_the_parallel_form(backend):
     assert_near("u", state.u, whole_state.u.double(), 4e-6, whole_state.u.max())
 
 
-@on_backends
+@on_cpu_backends
 def test_final_state_is_the_softmax_sums(backend):
     scores, values = inputs(2, 20, 3, 4)
     _, (m, u, w) = fa.prefix_attention(scores, values, output_final_state=True)
@@ -102,17 +108,17 @@ def test_reverse_is_flip_run_flip(backend):
 
 
 @on_backends
-def test_a_masked_token_is_a_removed_token(backend):
+def test_a_masked_token_is_a_removed_token(backend, assert_same):
     scores, values = inputs(1, 21, 3, 4, torch.float32)
     keep = torch.rand(21) > 0.4
     out = fa.prefix_attention(scores, values, mask=keep[None])
-    assert torch.equal(out[:, keep], fa.prefix_attention(scores[:, keep], values[:, keep]))
+    assert_same(out[:, keep], fa.prefix_attention(scores[:, keep], values[:, keep]))
     for t in range(1, 21):
         if not keep[t]:
-            assert torch.equal(out[:, t], out[:, t - 1])
+            assert_same(out[:, t], out[:, t - 1])
 
 
-@on_backends
+@on_cpu_backends
 def test_order_inside_a_prefix_and_a_constant_do_not_matter(backend):
     scores, values = inputs(1, 40, 2, 4, torch.float32)
     last = fa.prefix_attention(scores, values)[:, -1]
@@ -130,7 +136,7 @@ def test_equals_causal_attention_with_one_query(native):
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=3e-6)
 
 
-@on_backends
+@on_cpu_backends
 def test_is_a_linear_scan_with_scalar_gates(backend):
     scores, values = inputs(2, 30, 3, 4)
     out, lse = fa.prefix_attention(scores, values, return_lse=True)

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/scan.h"
 #include "cpu/storage.h"
 
 namespace flowattn {
@@ -32,17 +33,5 @@ struct ScanTask {
 //        both; the one that is not wanted is nullptr.
 // kCombine: replace the state in `carry` by the one at the end of the task, given what kWalk left in `local`.
 enum class ScanPhase { kStart, kWalk, kCombine };
-
-// (rows, T, heads, width) with a contiguous last dim, or without it (rows, T, heads); strides in elements.
-struct ScanTensor {
-  void* data;  // nullptr: absent
-  int64_t row, time, head;
-};
-
-// (states, heads, width) in the compute type.
-struct ScanState {
-  void* data;  // nullptr: absent
-  int64_t row, head;
-};
 
 }  // namespace flowattn

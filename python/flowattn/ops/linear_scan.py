@@ -40,12 +40,13 @@ def linear_scan(
         state too.
     output_final_state: also return the last h of each sequence, shaped and typed as initial_state.
 
-    A sequence without tokens returns its initial state. On the CPU a bad cu_seqlens raises ValueError.
+    A sequence without tokens returns its initial state. On the CPU a bad cu_seqlens raises ValueError; on a GPU it
+    gives wrong results, but reads nothing out of bounds.
     Gradients: gates, tokens, initial_state, through the final state too. Deterministic, on the CPU for any number of
-    threads. No division and no product of gates over more than one step in the loop, so no overflow that the recurrence
-    has not. Host sync: none, except in the reference.
+    threads, on a GPU in every schedule. No division, and products of gates run in float64 where they are needed, so no
+    overflow that the recurrence has not. Host sync: none, except in the reference.
     Cost: reads gates and tokens once, writes h once; backward reads gates, h and its gradient, writes two gradients.
-    Sequences beyond 4096 tokens are cut into chunks where there are fewer rows than threads.
+    On the CPU sequences beyond 4096 tokens are cut into chunks where there are fewer rows than threads.
     Source: Blelloch, Prefix Sums and Their Applications (1990), section 1.4, first-order recurrences.
 
     >>> h = linear_scan(torch.tensor([0.5]), torch.ones(1, 3, 1, 1))
@@ -147,6 +148,11 @@ def _refuse_cpu(gates, tokens, *rest):
     return _native.refuse_cpu(tokens)
 
 
+def _refuse_cuda(gates, tokens, *rest):
+    reason = _native.refuse_cuda(tokens)
+    return "no float64" if reason is None and tokens.dtype == torch.float64 else reason
+
+
 def _probe(device):
     x = torch.zeros(1, 2, 1, 64, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
     return x, x
@@ -155,6 +161,7 @@ def _probe(device):
 _TABLE = dispatch.Table(
     _OP,
     _prepare,
+    dispatch.Backend("cuda", _refuse_cuda, _fwd, _bwd),
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("reference", dispatch.never, None),
     probe=_probe,

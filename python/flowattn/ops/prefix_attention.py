@@ -9,6 +9,7 @@ from flowattn._library import fake, op
 from flowattn.reference import prefix_attention as reference
 
 _fwd, _bwd = op("prefix_attention_fwd"), op("prefix_attention_bwd")
+_scores_fwd, _scores_bwd = op("aaren_scores_fwd"), op("aaren_scores_bwd")
 
 
 class PrefixState(NamedTuple):
@@ -60,11 +61,12 @@ def prefix_attention(
     return_lse: also return L (B, T, H), packed (T, H), in the dtype of the state, differentiable.
 
     A prefix without a token left gives 0 and LSE -inf, with zero gradients. A NaN or +inf score, or a NaN value, makes
-    its head NaN from there to the end of its sequence. On the CPU a bad cu_seqlens raises ValueError.
+    its head NaN from there to the end of its sequence. On the CPU a bad cu_seqlens raises ValueError; on a GPU it gives
+    wrong results, but reads nothing out of bounds.
     Gradients: scores, values, u and w of the initial state, through LSE and final state too. Deterministic, on the CPU
-    for any number of threads. Host sync: none, except in the reference.
+    for any number of threads, on a GPU in every schedule. Host sync: none, except in the reference.
     Cost: reads scores and values once, writes o once; backward reads values, o and its gradient, writes two gradients.
-    Sequences beyond 4096 tokens are cut into chunks where there are fewer rows than threads.
+    On the CPU sequences beyond 4096 tokens are cut into chunks where there are fewer rows than threads.
     Source: Feng et al., Attention as an RNN (2024), section 3.2: the scan over (m, u, w); here in the equivalent form
     o_t = a_t o_{t-1} + g_t v_t with scalars a_t = exp(L_{t-1} - L_t) and g_t = exp(s_t - L_t).
 
@@ -292,6 +294,16 @@ def _refuse_cpu(first, *rest):
     return _native.refuse_cpu(first)
 
 
+def _refuse_cuda(_, wide, *rest):
+    """`wide`: values, or the keys of aaren_scores."""
+    reason = _native.refuse_cuda(wide)
+    if reason is None and wide.dtype == torch.float64:
+        return "no float64"
+    if reason is None and wide.shape[-1] == 0:
+        return "no rows without columns"
+    return reason
+
+
 def _probe(device):
     x = torch.zeros(1, 2, 1, 64, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
     return x[..., 0], x
@@ -305,6 +317,7 @@ def _probe_aaren(device):
 _TABLE = dispatch.Table(
     "prefix_attention",
     _prepare,
+    dispatch.Backend("cuda", _refuse_cuda, _fwd, _bwd),
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("reference", dispatch.never, None),
     probe=_probe,
@@ -312,7 +325,8 @@ _TABLE = dispatch.Table(
 _AAREN_TABLE = dispatch.Table(
     "aaren_attention",
     _prepare_aaren,
-    dispatch.Backend("cpu", _refuse_cpu, op("aaren_scores_fwd"), op("aaren_scores_bwd")),
+    dispatch.Backend("cuda", _refuse_cuda, _scores_fwd, _scores_bwd),
+    dispatch.Backend("cpu", _refuse_cpu, _scores_fwd, _scores_bwd),
     dispatch.Backend("reference", dispatch.never, None),
     probe=_probe_aaren,
 )

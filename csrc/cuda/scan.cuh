@@ -1,0 +1,418 @@
+// Device code that prefix_attention and linear_scan share: tiles, segments, scans inside a tile and between tiles.
+//
+// A line is one (row, head, column block) of a (B, T, H, D) tensor. A block of threads takes a tile of a line: `lanes`
+// threads along the columns, V columns each, times kScanThreads / lanes groups along time, N tokens each. A group keeps
+// its tokens in registers, walks them once from nothing, learns the state before it, and walks them again: every
+// element is read once from memory. The state before the tile comes
+//   * from the tile before, which the same block took, where there are lines enough to fill the GPU, else
+//   * by looking back. Each tile publishes what it does to a state as soon as it knows, and the last of every `block`
+//     tiles publishes its final state. A tile takes the latter from the block before its own, then applies the tiles in
+//     between, in order. The order of all sums is fixed by the shape, so results are bitwise repeatable.
+#pragma once
+
+#include "common/scan.h"
+#include "cuda/row_vectors.cuh"
+
+namespace flowattn {
+
+constexpr int kScanThreads = 256, kScanWarps = kScanThreads / kWarp;
+constexpr int kScanColumns = 128;        // most columns of a tile
+constexpr int kScanTile = kScanThreads;  // most tokens of a tile: their scalars take a thread each
+constexpr int kScanBlock = 32;           // most tiles of a block: the entries of a look-back fit a warp
+
+struct ScanShape {
+  int64_t tokens;
+  int heads, width, column_blocks;
+  int lanes, columns, tile;  // of a tile: threads along its columns, its columns, its tokens
+  int tiles, lines;          // tiles of a line
+  bool backwards;            // from the last token to the first
+};
+
+// ---- tokens and segments ------------------------------------------------------------------------------------------
+
+struct ScanSequences {
+  const int32_t* ends;  // cu_seqlens, (states + 1,); nullptr: every row is a sequence
+  int states;
+  const bool* reset;
+  int64_t reset_row, reset_time;
+  bool initial, reverse;
+};
+
+// What a token is to the recurrence; its row of the state tensors stands above these bits.
+enum TokenCode : int {
+  kFirst = 1,     // nothing before it counts,
+  kInitial = 2,   // except the initial state
+  kLast = 4,      // the token after it is a kFirst
+  kFinal = 8,     // its state is the final state
+  kOutside = 16,  // belongs to no sequence
+  kCodeBits = 5,
+};
+
+__device__ inline int state_of(int code) { return code >> kCodeBits; }
+
+// The sequence of token t, `states` if it lies behind the last. Whatever stands in `ends`, it lies in 0..states.
+__device__ inline int find_sequence(const ScanSequences& of, int64_t t) {
+  int low = 0, high = of.states;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (of.ends[middle + 1] <= t) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+__device__ inline int token_code(const ScanSequences& of, int64_t row, int64_t t, int64_t tokens) {
+  int state = static_cast<int>(row);
+  int64_t begin = 0, end = tokens;
+  if (of.ends) {
+    state = find_sequence(of, t);
+    if (state == of.states) return kOutside | kFirst | kLast;
+    begin = max(int64_t{of.ends[state]}, int64_t{0}), end = min(int64_t{of.ends[state + 1]}, tokens);
+  }
+  const bool at_begin = t == begin, at_end = t == end - 1;
+  const int64_t next = of.reverse ? t - 1 : t + 1;
+  const bool first = of.reverse ? at_end : at_begin;
+  // Offsets that lie may end a sequence outside the row.
+  const bool final = (of.reverse ? at_begin : at_end) || next < 0 || next >= tokens;
+  bool restarts = false, next_restarts = false;
+  if (of.reset) {
+    const bool* reset = of.reset + row * of.reset_row;
+    restarts = reset[t * of.reset_time];
+    if (!final) next_restarts = reset[next * of.reset_time];
+  }
+  int code = state << kCodeBits;
+  if (first || restarts) code |= kFirst;
+  if (first && !restarts && of.initial) code |= kInitial;
+  if (final || next_restarts) code |= kLast;
+  if (final) code |= kFinal;
+  return code;
+}
+
+// Calls f(sequence) for each sequence without a token; `part` of `parts` takes its share.
+template <class F>
+__device__ inline void each_empty_sequence(const ScanSequences& of, int part, int parts, const F& f) {
+  if (!of.ends) return;
+  for (int s = part; s < of.states; s += parts) {
+    if (of.ends[s + 1] <= of.ends[s]) f(s);
+  }
+}
+
+// ---- who a thread is ----------------------------------------------------------------------------------------------
+
+template <int V, int N>
+struct ScanThread {
+  int64_t row;
+  int head, column_block;
+  int lane, group, groups;
+  int offset, column;  // of its first column, in the tile and in the tensor
+  bool active;         // other threads repeat column 0 and store nothing
+
+  __device__ ScanThread(const ScanShape& shape, int line) {
+    column_block = line % shape.column_blocks, line /= shape.column_blocks;
+    head = line % shape.heads, row = line / shape.heads;
+    lane = threadIdx.x % shape.lanes, group = threadIdx.x / shape.lanes, groups = kScanThreads / shape.lanes;
+    offset = lane * V, column = column_block * shape.columns + offset;
+    active = column < shape.width;
+    if (!active) column = 0;
+  }
+  template <class S>
+  __device__ S* at(const ScanTensor& x, int64_t t) const {
+    return static_cast<S*>(x.data) + row * x.row + t * x.time + head * x.head;
+  }
+  __device__ float* at(const ScanState& x, int64_t state) const {
+    return static_cast<float*>(x.data) + state * x.row + head * x.head;
+  }
+};
+
+// The token at a position of the scan; positions behind the end stand for the last token.
+__device__ inline int64_t token_at(const ScanShape& shape, int64_t position) {
+  position = min(position, shape.tokens - 1);
+  return shape.backwards ? shape.tokens - 1 - position : position;
+}
+
+// Scalars of a token: in float32, or in the type of the rows.
+template <class S>
+__device__ inline float load_scalar(const void* from, int64_t at, bool is_float) {
+  return is_float ? static_cast<const float*>(from)[at] : to_float(static_cast<const S*>(from)[at]);
+}
+
+__device__ inline int64_t scalar_at(const ScanTensor& x, int64_t row, int64_t t, int head) {
+  return row * x.row + t * x.time + head * x.head;
+}
+
+template <class S, int V>
+__device__ inline Pack<S, V> load_pack(const S* from) {
+  return *reinterpret_cast<const Pack<S, V>*>(from);
+}
+
+template <class S, int V>
+__device__ inline Floats<V> floats(const Pack<S, V>& pack) {
+  Floats<V> to;
+#pragma unroll
+  for (int e = 0; e < V; ++e) to[e] = to_float(pack.values[e]);
+  return to;
+}
+
+// Hides from the compiler that a pack was converted before. It would keep the floats from one walk to the next, in
+// twice the registers.
+template <class S, int V>
+__device__ inline void forget_floats(Pack<S, V>& pack) {
+  if constexpr (sizeof(S) < sizeof(float) && V > 1) {
+    unsigned words[sizeof(pack) / sizeof(unsigned)];
+    memcpy(words, &pack, sizeof(pack));
+#pragma unroll
+    for (unsigned& word : words) asm volatile("" : "+r"(word));
+    memcpy(&pack, words, sizeof(pack));
+  }
+}
+
+// Sum over the threads of a group; each gets the same bits.
+__device__ inline float group_sum(float value, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kWholeWarp, value, step);
+  return value;
+}
+
+// ---- maps of a state ----------------------------------------------------------------------------------------------
+
+// The state after some tokens, given the state h before them. h = 0 says nothing was summed: a product that overflowed
+// then has nothing to act on.
+__device__ inline float apply(float a, float h, float b) { return h == 0.0f ? b : fmaf(a, h, b); }
+__device__ inline float apply(double a, float h, float b) {
+  return h == 0.0f ? b : static_cast<float>(fma(a, static_cast<double>(h), static_cast<double>(b)));
+}
+
+// h -> a h + b for K numbers with KA = 1 or K factors; h -> b if some token was a kFirst. Products of gates above 1
+// take A = double: 2^1024 is out of reach for any state that a float could hold before.
+template <int K, int KA, class A>
+struct Affine {
+  A a[KA];
+  float b[K];
+  bool cut;
+
+  static __device__ Affine identity() {
+    Affine map;
+#pragma unroll
+    for (int k = 0; k < KA; ++k) map.a[k] = 1;
+#pragma unroll
+    for (int k = 0; k < K; ++k) map.b[k] = 0.0f;
+    map.cut = false;
+    return map;
+  }
+  __device__ void act(float (&h)[K]) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k) h[k] = cut ? b[k] : apply(a[KA == 1 ? 0 : k], h[k], b[k]);
+  }
+  __device__ void follow(const Affine& before) {
+    if (cut) return;
+#pragma unroll
+    for (int k = 0; k < K; ++k) b[k] = apply(a[KA == 1 ? 0 : k], before.b[k], b[k]);
+#pragma unroll
+    for (int k = 0; k < KA; ++k) a[k] *= before.a[k];
+    cut = before.cut;
+  }
+  __device__ Affine of_lane_before(int by) const {
+    Affine map;
+#pragma unroll
+    for (int k = 0; k < KA; ++k) map.a[k] = __shfl_up_sync(kWholeWarp, a[k], by);
+#pragma unroll
+    for (int k = 0; k < K; ++k) map.b[k] = __shfl_up_sync(kWholeWarp, b[k], by);
+    map.cut = __shfl_up_sync(kWholeWarp, static_cast<int>(cut), by);
+    return map;
+  }
+};
+
+// What the warps of a block do to a state. `X` more numbers than columns belong to it; every lane has them.
+// Full: a factor for each column.
+template <int V, int X, bool Full, class A>
+struct WarpMaps {
+  static constexpr int KA = Full ? V : 1;
+  typedef Affine<V + X, KA, A> Map;
+
+  A a[kScanWarps][Full ? kScanColumns : 1];
+  float b[kScanWarps][kScanColumns + X];
+  bool cut[kScanWarps];
+
+  // Scans the groups of each warp: what stands before this group in its warp. The next barrier shows the whole warps.
+  __device__ Map scan(Map map, int lanes) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, offset = lane % lanes * V;
+    for (int by = lanes; by < kWarp; by *= 2) {
+      const Map before = map.of_lane_before(by);
+      if (lane >= by) map.follow(before);
+    }
+    if (lane >= kWarp - lanes) {
+#pragma unroll
+      for (int k = 0; k < KA; ++k) a[warp][Full ? offset + k : 0] = map.a[k];
+#pragma unroll
+      for (int k = 0; k < V; ++k) b[warp][offset + k] = map.b[k];
+      if constexpr (X > 0) b[warp][lanes * V] = map.b[V];
+      cut[warp] = map.cut;
+    }
+    const Map before = map.of_lane_before(lanes);
+    return lane < lanes ? Map::identity() : before;
+  }
+
+  // From the state before the tile, h, to that before this group.
+  __device__ void advance(float (&h)[V + X], const Map& before, int lanes) const {
+    const int offset = threadIdx.x % lanes * V;
+    for (int warp = 0; warp < static_cast<int>(threadIdx.x) / kWarp; ++warp) {
+#pragma unroll
+      for (int k = 0; k < V + X; ++k) {
+        const int at = k < V ? offset + k : lanes * V;
+        h[k] = cut[warp] ? b[warp][at] : apply(a[warp][Full ? at : 0], h[k], b[warp][at]);
+      }
+    }
+    before.act(h);
+  }
+
+  // One number of the state: after the tile, and what the tile multiplies it with.
+  __device__ float after(int at, float h) const {
+    for (int warp = 0; warp < kScanWarps; ++warp) {
+      h = cut[warp] ? b[warp][at] : apply(a[warp][Full ? at : 0], h, b[warp][at]);
+    }
+    return h;
+  }
+  __device__ A product(int at) const {
+    A product = 1;
+    for (int warp = 0; warp < kScanWarps; ++warp) product *= a[warp][Full ? at : 0];
+    return product;
+  }
+  __device__ bool any_cut() const {
+    bool any = false;
+    for (int warp = 0; warp < kScanWarps; ++warp) any |= cut[warp];
+    return any;
+  }
+};
+
+// ---- looking back -------------------------------------------------------------------------------------------------
+
+// A number and, in the same 8 bytes, whether it is there: one store publishes it and one load finds it, without fences.
+typedef unsigned long long Word;
+constexpr Word kThere = 1, kCut = 2;
+
+__device__ inline Word word_of(float x, bool cut = false) {
+  return static_cast<Word>(__float_as_uint(x)) << 32 | (cut ? kThere | kCut : kThere);
+}
+__device__ inline Word word_of(double x, bool cut = false) {  // gives up the last two bits of the mantissa
+  constexpr double kMost = 1.7976931348623157e308;            // an infinity with bits in its mantissa would be a NaN
+  x = x > kMost ? kMost : x < -kMost ? -kMost : x;
+  return (static_cast<Word>(__double_as_longlong(x)) & ~(kThere | kCut)) | (cut ? kThere | kCut : kThere);
+}
+__device__ inline void read_word(Word word, float& x) { x = __uint_as_float(static_cast<unsigned>(word >> 32)); }
+__device__ inline void read_word(Word word, double& x) {
+  x = __longlong_as_double(static_cast<long long>(word & ~(kThere | kCut)));
+}
+
+__device__ inline Word peek(const Word* at) { return *const_cast<const volatile Word*>(at); }
+__device__ inline void publish(Word* at, Word word) { *const_cast<volatile Word*>(at) = word; }
+
+struct ScanLookBack {
+  unsigned* ticket;  // nullptr: a block takes all tiles of a line. All memory here starts as zeros.
+  Word* tiles;       // (lines, tiles, tile_words): what a tile does to a state
+  Word* states;      // (lines, blocks, state_words): the state after a block of tiles
+  int block, tile_words, state_words;
+
+  __device__ Word* tile(const ScanShape& shape, int line, int tile) const {
+    return tiles + (int64_t{line} * shape.tiles + tile) * tile_words;
+  }
+  __device__ Word* state(const ScanShape& shape, int line, int number) const {
+    return states + (int64_t{line} * ((shape.tiles + block - 1) / block) + number) * state_words;
+  }
+};
+
+// The tiles of this block of threads: `tile` up to `end` of `line`. Blocks that look back take their tiles by ticket,
+// the earliest of all lines first, so whatever a tile waits for is running or done.
+struct ScanRun {
+  int line, tile, end;
+
+  __device__ ScanRun(const ScanShape& shape, const ScanLookBack& look_back)
+      : line(blockIdx.x), tile(0), end(shape.tiles) {
+    if (!look_back.ticket) return;
+    __shared__ unsigned ticket;
+    if (threadIdx.x == 0) ticket = atomicAdd(look_back.ticket, 1u);
+    __syncthreads();
+    line = static_cast<int>(ticket % shape.lines), tile = static_cast<int>(ticket / shape.lines), end = tile + 1;
+  }
+};
+
+// Copies `count` words into shared memory as they appear. The next barrier shows them to the block.
+__device__ inline void fetch(const Word* from, int count, Word* to) {
+  constexpr int kAtOnce = 4;
+  for (int first = threadIdx.x; first < count; first += kAtOnce * kScanThreads) {
+    Word words[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = first + i * kScanThreads;
+      words[i] = at < count ? peek(from + at) : kThere;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = first + i * kScanThreads;
+      while (!(words[i] & kThere)) words[i] = peek(from + at);
+      if (at < count) to[at] = words[i];
+    }
+  }
+}
+
+// Shared memory for what a look-back fetches: a state and the maps of all but one tile of a block.
+constexpr int kLookBackColumns = 2048;  // most columns times tiles of a block; half as many with a factor a column
+constexpr int kScanWords = kLookBackColumns + kScanColumns + 4 * kScanBlock;
+
+// Publishes what this tile does, finds the state before it and, after the last tile of a block, publishes that after
+// it. `maps` are complete; `numbers` = columns of the tile + X. A barrier ends it.
+template <int V, int X, bool Full, class A>
+__device__ inline void look_back_affine(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
+                                        const WarpMaps<V, X, Full, A>& maps, Word* words, float* carry) {
+  const int numbers = shape.columns + X, factors = Full ? shape.columns : 1;
+  const int number = run.tile / look_back.block, before = run.tile % look_back.block, at = threadIdx.x;
+  const bool ends_block = before == look_back.block - 1;
+  if (!ends_block && at < numbers) {
+    Word* to = look_back.tile(shape, run.line, run.tile);
+    publish(to + factors + at, word_of(maps.after(at, 0.0f)));
+    if (at < factors) publish(to + at, word_of(maps.product(at), maps.any_cut()));
+  }
+  fetch(look_back.tile(shape, run.line, run.tile - before), before * look_back.tile_words, words + numbers);
+  if (number > 0) fetch(look_back.state(shape, run.line, number - 1), numbers, words);
+  __syncthreads();
+  if (at < numbers) {
+    float h = 0.0f;
+    if (number > 0) read_word(words[at], h);
+    for (int tile = 0; tile < before; ++tile) {
+      const Word* map = words + numbers + tile * look_back.tile_words;
+      const Word factor = map[Full ? at : 0];
+      A a;
+      float b;
+      read_word(factor, a), read_word(map[factors + at], b);
+      h = factor & kCut ? b : apply(a, h, b);
+    }
+    carry[at] = h;
+    if (ends_block) publish(look_back.state(shape, run.line, number) + at, word_of(maps.after(at, h)));
+  }
+  __syncthreads();
+}
+
+// ---- sums of parts ------------------------------------------------------------------------------------------------
+
+// out (gridDim.y, n) = the sum over `count` parts of each: parts (gridDim.y, count, n). kWarp columns a block.
+constexpr int kPartWarps = 32;
+
+template <class S>
+__global__ void __launch_bounds__(kWarp* kPartWarps)
+    sum_parts_kernel(const float* parts, int64_t count, int64_t n, S* out) {
+  __shared__ float sums[kPartWarps][kWarp];
+  const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x;
+  float sum = 0.0f;
+  if (column < n) {
+    const float* from = parts + blockIdx.y * count * n + column;
+    for (int64_t part = threadIdx.y; part < count; part += kPartWarps) sum += from[part * n];
+  }
+  sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= n) return;
+  for (int y = 1; y < kPartWarps; ++y) sum += sums[y][threadIdx.x];
+  from_float(sum, out[blockIdx.y * n + column]);
+}
+
+}  // namespace flowattn
