@@ -4,6 +4,7 @@ from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import RelativeBias
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
+from flowattn.ops.linear_attention import LinearState, linear_attention, linear_attention_step
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
 from flowattn.ops.prefix_attention import (
@@ -18,6 +19,7 @@ from flowattn.ops.varlen_attention import varlen_attention
 __version__ = "0.1.0"
 __all__ = [
     "FallbackWarning",
+    "LinearState",
     "PackPlan",
     "PrefixState",
     "RelativeBias",
@@ -26,6 +28,8 @@ __all__ = [
     "bias_gelu",
     "bias_residual_layer_norm",
     "explain",
+    "linear_attention",
+    "linear_attention_step",
     "linear_scan",
     "pack",
     "pack_plan",

@@ -28,6 +28,13 @@ SCHEMAS = {
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
+    "linear_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? key_weight, Tensor? row_scale,"
+    " Tensor? s0, Tensor? z0, Tensor? cu_seqlens, float scale, float eps, int map_q, int map_k, int mode,"
+    " bool normalize) -> (Tensor out, Tensor den, Tensor s, Tensor z)",
+    "linear_attention_bwd": "(Tensor dout, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? decay,"
+    " Tensor? key_weight, Tensor? row_scale, Tensor? s0, Tensor? z0, Tensor? cu_seqlens, Tensor out, Tensor den,"
+    " Tensor s, Tensor z, float scale, float eps, int map_q, int map_k, int mode, bool normalize, bool want_ddecay)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor ddecay, Tensor ds0, Tensor dz0)",
     "linear_scan_fwd": "(Tensor gates, Tensor tokens, Tensor? initial, Tensor? cu_seqlens, Tensor? reset,"
     " bool log_gate, bool reverse) -> (Tensor out, Tensor final)",
     "linear_scan_bwd": "(Tensor dout, Tensor? dfinal, Tensor gates, Tensor out, Tensor? initial, Tensor? cu_seqlens,"
