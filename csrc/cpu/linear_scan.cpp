@@ -76,14 +76,6 @@ struct Call {
   }
 };
 
-// Sequences without a token pass their state on; absent states are 0. `to` is contiguous.
-void pass_states(const Tensor& to, const MaybeTensor& from, const std::vector<int64_t>& empty) {
-  for (int64_t state : empty) {
-    Tensor target = torch::stable::select(to, 0, state);
-    from ? torch::stable::copy_(target, torch::stable::select(*from, 0, state)) : torch::stable::zero_(target);
-  }
-}
-
 std::tuple<Tensor, Tensor> linear_scan_fwd_cpu(Tensor gates, Tensor tokens, MaybeTensor initial, MaybeTensor cu_seqlens,
                                                MaybeTensor reset, bool log_gate, bool reverse) {
   Call call(gates, tokens, log_gate);

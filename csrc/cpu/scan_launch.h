@@ -114,6 +114,14 @@ inline void clear_rows(const Tensor& x, int64_t first) {
   std::memset(static_cast<char*>(x.data_ptr()) + first * row_bytes, 0, (x.size(1) - first) * row_bytes);
 }
 
+// Sequences without a token pass their state on; absent states are 0. `to` is contiguous.
+inline void pass_states(const Tensor& to, const std::optional<Tensor>& from, const std::vector<int64_t>& empty) {
+  for (int64_t state : empty) {
+    Tensor target = torch::stable::select(to, 0, state);
+    from ? torch::stable::copy_(target, torch::stable::select(*from, 0, state)) : torch::stable::zero_(target);
+  }
+}
+
 // Runs `pass(phase, task, carry, local, scratch)` over all segments. With enough segments and heads each item is a
 // segment and some heads, and is walked once; else the items are chunks: their aggregates first, then the carries
 // between them, then the results. Both add in the same order. `scratch_bytes(n)` is the memory a walk of n heads needs.

@@ -216,7 +216,7 @@ def _prepare(
     if not known:
         q, k = feature_map(q), feature_map(k)
     q, k, v = _check_tensors(q, k, v)
-    (batch, length, heads, width), work = q.shape, checks.state_dtype(q)
+    (_, length, heads, width), work = q.shape, checks.state_dtype(q)
     bidirectional = not causal and decay is not None
     if (causal or decay is not None or cu_seqlens is not None) and k.shape[1] != length:
         checks.fail(_OP, "q and k must have one length if causal, with decay or cu_seqlens", (length, k.shape[1]))
