@@ -56,7 +56,9 @@ SCHEMAS = {
     f" bool deterministic, {_SCORES}, bool want_dbias=False)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
 }
-TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
+TRITON_OPS = {
+    f"{name}_{direction}": name for name in ("linear_attention", "varlen_attention") for direction in ("fwd", "bwd")
+}
 
 _LIB = torch.library.Library("flowattn", "DEF")
 

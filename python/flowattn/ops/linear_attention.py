@@ -21,6 +21,7 @@ from flowattn.reference.linear_attention import linear_attention as reference
 _OP = "linear_attention"
 _TENSORS = 9  # tensors among the arguments of the private ops: q .. cu_seqlens
 _fwd, _bwd = op("linear_attention_fwd"), op("linear_attention_bwd")
+_fwd_triton, _bwd_triton = op("linear_attention_fwd_triton"), op("linear_attention_bwd_triton")
 
 
 class LinearState(NamedTuple):
@@ -320,6 +321,18 @@ def _refuse_cpu(q, *rest):
     return _native.refuse_cpu(q)
 
 
+def _refuse_triton(q, k, v, *rest):
+    reason, widest = dispatch.refuse_triton(q), max(q.shape[3], v.shape[3])
+    if reason is None and q.dtype == torch.float64:
+        reason = "no float64"
+    if reason is None and widest > 256:
+        reason = f"head widths must be at most 256; got {widest}"
+    map_q, map_k = rest[-4:-2]
+    if reason is None and q.shape[3] > 128 and max(map_q, map_k) >= FEATURE_MAPS.index("exp_shifted"):
+        reason = "maps over whole rows need head widths up to 128 (pass a function as feature_map)"
+    return reason
+
+
 def _probe(device):
     x = torch.zeros(1, 2, 1, 64, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
     return x, x, x
@@ -329,6 +342,7 @@ _TABLE = dispatch.Table(
     _OP,
     _prepare,
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
+    dispatch.Backend("triton", _refuse_triton, _fwd_triton, _bwd_triton),
     dispatch.Backend("reference", dispatch.never, None),
     probe=_probe,
 )
