@@ -45,6 +45,9 @@ class State(NamedTuple):
     z: torch.Tensor | None = None
 
 
+NO_STATE = State()
+
+
 class Call(NamedTuple):
     """What all passes of a call share."""
 
@@ -109,7 +112,7 @@ def slices(call, step):
     return triton.cdiv(step.c.x.shape[3], tile(call, step)[0][1])
 
 
-def run(call, step, state, final=State(), *, walks=True, segment=0, by_slot=False, log_decay=None):
+def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, log_decay=None):
     """Launch the pass kernel over whole sequences, or segments of `segment` tokens."""
     config, block_keys = tile(call, step)
     a, b, c, given = step.a, step.b, step.c, step.input
@@ -172,7 +175,7 @@ def scan(call, step, local, log_decay, initial, final, segment, length, keep):
         )
 
 
-def walk(call, step, initial, final=State()):
+def walk(call, step, initial, final=NO_STATE):
     """A causal pass, of whole sequences where these fill the processors, else of segments after a scan over them."""
     length = step.b.x.shape[1]
     segment = segment_of(call, step, length)
@@ -195,7 +198,7 @@ def sums(call, step, segment):
     local = State(call.empty(slots, call.heads, width, value_width), z)
     log_decay = None if call.decay is None else call.empty(slots, call.heads)
     alone = step._replace(out=None, input=None, terms=None, den=None)
-    run(call, alone, State(), local, segment=segment, by_slot=True, log_decay=log_decay)
+    run(call, alone, NO_STATE, local, segment=segment, by_slot=True, log_decay=log_decay)
     return local, log_decay
 
 
@@ -253,7 +256,7 @@ def linear_attention_bwd(
     dout, ds, dz, q, k, v, decay, key_weight, row_scale, s0, z0, cu_seqlens, out, den, s, z, scale, eps, map_q, map_k,
     mode, normalize, want_ddecay,
 ):  # fmt: skip
-    (batch, length, heads, width), group = q.shape, q.shape[2] // k.shape[2]
+    (batch, length, heads, _), group = q.shape, q.shape[2] // k.shape[2]
     call = Call(q, heads, cu_seqlens, decay, mode)
     make = torch.empty if cu_seqlens is None else torch.zeros
     dq, *parts = (
@@ -276,9 +279,7 @@ def linear_attention_bwd(
     if want_ddecay:
         counts = [slices(call, step) for step in (dq_step, dk_step)]
         terms = make((sum(counts), batch, length, heads), dtype=torch.float32, device=q.device)
-        dq_step, dk_step = (
-            step._replace(terms=part) for step, part in zip((dq_step, dk_step), terms.split(counts))
-        )
+        dq_step, dk_step = (step._replace(terms=part) for step, part in zip((dq_step, dk_step), terms.split(counts)))
     if mode == NON_CAUSAL:
         total(call, dk_step, State(ds, dz), State(ds0, dz0))
         apply(call, dq_step, State(s, z if normalize else None))
@@ -288,12 +289,10 @@ def linear_attention_bwd(
         walk(call, dq_step, State(s0, z0))
         walk(call, dk_step, State(ds, dz), State(None, dz0))
         walk(call, dv_step, State(ds), State(ds0))
-    dk, dv = (
-        part if group == 1 else part.unflatten(2, (-1, group)).sum(3).to(q.dtype) for part in parts
-    )
+    dk, dv = (part if group == 1 else part.unflatten(2, (-1, group)).sum(3).to(q.dtype) for part in parts)
     ddecay = call.empty(0)
     if want_ddecay:
-        ddecay = _sum_terms(call, terms, s, ds, z, dz)
+        ddecay = _sum_terms(call, terms, s, ds, z, dz, s0 is None)
     return dq, dk, dv, ddecay, call.empty(0) if s0 is None else ds0, call.empty(0) if z0 is None else dz0
 
 
@@ -317,7 +316,7 @@ def _row_factors(call, dout, out, den, row_scale, scale, normalize):
     return factor, x
 
 
-def _sum_terms(call, terms, s, ds, z, dz):
+def _sum_terms(call, terms, s, ds, z, dz, fresh):
     last = None  # <S_T, dS_T> + <z_T, dz_T>
     if ds is not None:
         last = (s * ds).sum((2, 3))
@@ -331,7 +330,7 @@ def _sum_terms(call, terms, s, ds, z, dz):
             call.sequences * call.heads,
             (last is None, call.cu is None, alignments(terms, last, ddecay, call.cu)),
             (terms, last, ddecay, call.cu, call.sequences, shape[1]),
-            (call.heads, terms.shape[0], -1 if call.mode == REVERSE else 1),
+            (call.heads, terms.shape[0], -1 if call.mode == REVERSE else 1, fresh),
             (DECAY_BLOCK, 4, 1),
         )
     return ddecay

@@ -170,9 +170,9 @@ def linear_attention_kernel(
     cols = piece * BV + tl.arange(0, BV)
     state_index = (slot if BY_SLOT else sequence) * HEADS + h
     s = tl.zeros([BK, BV], tl.float32)
-    within = (keys < K)[:, None] & (cols < V)[None, :]
+    exists = (keys < K)[:, None] & (cols < V)[None, :]
     if state is not None:
-        s = tl.load(_state_pointers(state, state_index, keys, cols, K, V, TRANSPOSED), mask=within, other=0.0)
+        s = tl.load(_state_pointers(state, state_index, keys, cols, K, V, TRANSPOSED), mask=exists, other=0.0)
     z = tl.zeros([BK if VECTOR == SUM_OF_KEYS else BV], tl.float32)
     width_z: tl.constexpr = K if VECTOR == SUM_OF_KEYS else V
     place_z = keys if VECTOR == SUM_OF_KEYS else cols
@@ -224,7 +224,10 @@ def linear_attention_kernel(
                 scores = tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
                 if VECTOR == SUM_OF_PAIRS:
                     scores += xs[:, None] * ws[None, :]
-                lower = offs[:, None] >= offs[None, :]
+                # No decay acts between a token and itself: kept out of `terms`, where it would cancel only on paper.
+                lower = offs[:, None] > offs[None, :] if terms is not None else offs[:, None] >= offs[None, :]
+                if terms is not None:
+                    diagonal = tl.sum(tl.where(offs[:, None] == offs[None, :], scores, 0.0), 1)
                 if decay is not None:
                     apart = (running[:, None] - running[None, :]).to(tl.float32)
                     scores *= tl.exp(tl.where(lower, apart, float("-inf")))
@@ -237,6 +240,8 @@ def linear_attention_kernel(
                     weights += tl.sum(scores, 1)
                 if SCALED:
                     scores *= value_scale
+                    if terms is not None:
+                        diagonal *= value_scale
                 y = tl.dot(scores.to(vb.dtype), vb, y, input_precision=PRECISION)
             factor = tl.full([CHUNK], 1.0, tl.float32) * scale
             if VECTOR == SUM_OF_KEYS:
@@ -255,6 +260,7 @@ def linear_attention_kernel(
                     dot = tl.sum(p * y, 1)
                     every = (sequences * tokens if cu is None else tokens).to(tl.int64) * HEADS
                     tl.store(terms + piece * every + places * HEADS + h, -dot if NEGATIVE else dot, mask=inside)
+                    y += (diagonal * factor)[:, None] * vb.to(tl.float32)
                 y = derivative_product(p, y, MAP_I)
             tl.store(out + (walked * (HEADS * V))[:, None] + cols[None, :], y.to(out.dtype.element_ty), mask=within)
         if WALKS:
@@ -282,8 +288,7 @@ def linear_attention_kernel(
             s *= kept
             z *= kept
         if final_state is not None:
-            within = (keys < K)[:, None] & (cols < V)[None, :]
-            tl.store(_state_pointers(final_state, state_index, keys, cols, K, V, TRANSPOSED), s, mask=within)
+            tl.store(_state_pointers(final_state, state_index, keys, cols, K, V, TRANSPOSED), s, mask=exists)
         if final_vector is not None and (VECTOR == SUM_OF_PAIRS or piece == 0):
             tl.store(final_vector + state_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)
         if final_decay is not None and piece == 0:
@@ -367,9 +372,12 @@ def linear_attention_rows_kernel(
 def linear_attention_decay_kernel(
     terms, last, out,  # (slices, B, T, HEADS), (sequences, HEADS), (B, T, HEADS)
     cu, sequences, tokens,
-    HEADS: tl.constexpr, SLICES: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, SLICES: tl.constexpr, STEP: tl.constexpr, FRESH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out_t = last + sum of terms_i over the steps i >= t of the walk; a program owns one head of one sequence."""
+    """out_t = last + sum of terms_i over the steps i >= t of the walk; a program owns one head of one sequence.
+
+    FRESH: there was no state, so the first decay acts on nothing.
+    """
     h = tl.program_id(0) % HEADS
     sequence = tl.program_id(0) // HEADS
     if cu is None:
@@ -392,5 +400,6 @@ def linear_attention_decay_kernel(
         sums = tl.zeros([BLOCK], tl.float32)
         for i in tl.static_range(SLICES):
             sums += tl.load(terms + i * every + at, mask=inside, other=0.0)
-        tl.store(out + at, carry + tl.cumsum(sums, 0), mask=inside)
+        total = carry + tl.cumsum(sums, 0)
+        tl.store(out + at, tl.where(step == 0, 0.0, total) if FRESH else total, mask=inside)
         carry += tl.sum(sums, 0)

@@ -167,7 +167,9 @@ void sum_decay_gradients(const Call& call, const Tensor& terms, const Tensor& s,
       double sum = dot(s, ds, row, call.width * call.value_width) + dot(z, dz, row, call.width);
       for (int64_t i = segment.length - 1; i >= 0; --i) {
         const int64_t token = segment.row * call.length + segment.first + i * segment.step;
-        data[token * call.heads + h] = E(sum += data[token * call.heads + h]);
+        E& value = data[token * call.heads + h];
+        sum += value;
+        value = i == 0 && !call.s0 ? E(0) : E(sum);  // the first decay acts on nothing
       }
     }
   }

@@ -43,7 +43,7 @@ struct LinearAttention {
   ScanTensor out_factor;  // and times this
   bool normalize;         // y / den, and keep
   ScanTensor den;         // scale * (weights of a_i summed) + eps
-  ScanTensor product;     // product[i] = or -= phi(input_i) . y_i
+  ScanTensor product;     // product[i] = or -= phi(input_i) . y_i, y_i without j = i
   bool subtract;
   // (S, query heads, D * M) and (S, query heads, D). S is read and written with its dims exchanged if `transposed`.
   ScanState state, vector, final_state, final_vector;

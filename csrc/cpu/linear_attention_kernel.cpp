@@ -24,8 +24,8 @@ int64_t member_bytes(const LinearAttention& op) {
 template <typename E>
 struct Scratch {
   E *a, *b, *bt, *c, *y, *sum, *phi, *scores;
-  E *decay, *before, *after, *apart, *x, *w, *den, *factor;  // one a token of the chunk
-  std::byte *walked, *effective;                             // states: of the members, of one
+  E *decay, *before, *after, *apart, *x, *w, *den, *factor, *diagonal;  // one a token of the chunk
+  std::byte *walked, *effective;                                        // states: of the members, of one
   int64_t bytes;
 
   Scratch(const LinearAttention& op, std::byte* base) {
@@ -39,7 +39,7 @@ struct Scratch {
     a = take(kChunk * padded(op.a.width)), b = take(kChunk * padded(op.b.width)), bt = take(op.b.width * kChunk);
     c = take(kChunk * wide), y = take(kChunk * wide), sum = take(kChunk * wide), phi = take(kChunk * wide);
     scores = take(kStrip * kChunk);
-    for (E** scalars : {&decay, &before, &after, &apart, &x, &w, &den, &factor}) *scalars = take(kChunk);
+    for (E** scalars : {&decay, &before, &after, &apart, &x, &w, &den, &factor, &diagonal}) *scalars = take(kChunk);
     walked = at, at += op.members * member_bytes<E>(op);
     effective = at, at += member_bytes<E>(op);
     bytes = at - base;
@@ -259,6 +259,8 @@ class Pass {
       map_row(row, i + 1, [&](Vec<E> v, int64_t j, int n) { return v * exp(load_lanes<E>(s_.apart + j, n)); });
     }
     for (int64_t j = i + 1; j < keys; ++j) row[j] = 0;
+    // No decay acts between a token and itself: kept out of the product, where it would cancel only on paper.
+    if (op_.product.data) s_.diagonal[i] = row[i], row[i] = 0;
     if (op_.normalize) s_.den[i] += sum_row(row, i + 1);
   }
 
@@ -296,6 +298,7 @@ class Pass {
         const E dot = dot_rows(s_.phi + k * ldc_, row, cols);
         E* product = at<E>(op_.product, segment_, i + k, head);
         *product = op_.subtract ? *product - dot : dot;
+        add_scaled(row, s_.c + k * ldc_, cols, s_.diagonal[k] * factor);
       }
       E* sum = s_.sum + k * ldc_;
       add ? add_scaled(sum, row, cols, E(1)) : (void)__builtin_memcpy(sum, row, cols * sizeof(E));
