@@ -186,7 +186,8 @@ class _LinearAttention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         elif dout.stride(-1) != 1:
             dout = dout.contiguous()
-        ds, dz = (None if x is None else x.contiguous() for x in (ds, dz))
+        # Without a normaliser z is empty, and torch.compile hands in its gradient all the same.
+        ds, dz = (None if x is None or x.dim() < 3 else x.contiguous() for x in (ds, dz))
         want_ddecay = ctx.needs_input_grad[4]
         dq, dk, dv, ddecay, ds0, dz0 = ctx.bwd(
             dout, ds, dz, q, k, v, decay, key_weight, row_scale, s0, z0, cu_seqlens, out, den, s, z, *ctx.options,
