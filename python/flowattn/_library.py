@@ -28,6 +28,9 @@ SCHEMAS = {
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
+    # Its gradients are itself: a, b, c in the roles of queries, keys and values (ops/grid_retention.py).
+    "grid_retention_fwd": "(Tensor a, Tensor b, Tensor c, Tensor decay, float scale, SymInt height, SymInt width,"
+    " int visible) -> Tensor",
     "linear_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? key_weight, Tensor? row_scale,"
     " Tensor? s0, Tensor? z0, Tensor? cu_seqlens, float scale, float eps, int map_q, int map_k, int mode,"
     " bool normalize) -> (Tensor out, Tensor den, Tensor s, Tensor z)",
@@ -58,7 +61,7 @@ SCHEMAS = {
 }
 TRITON_OPS = {
     f"{name}_{direction}": name for name in ("linear_attention", "varlen_attention") for direction in ("fwd", "bwd")
-}
+} | {"grid_retention_fwd": "grid_retention"}
 
 _LIB = torch.library.Library("flowattn", "DEF")
 

@@ -79,8 +79,8 @@ def linear_attention(
         none, except in the reference.
     Cost: O(T D M) FLOPs, O(T (D + M)) memory. Reads q, k, v once and writes o once; a call with few heads is split over
         T and reads k, v twice.
-    Source: Katharopoulos et al., Transformers are RNNs (2020), eq. 8 to 12; Sun et al., Retentive Network (2023),
-        eq. 3, 6, 7; Yang et al., Gated Linear Attention (2024), section 4.
+    Source: Katharopoulos et al., Transformers are RNNs (2020), sections 3.2 to 3.4; Sun et al., Retentive Network
+        (2023), section 2.1; Yang et al., Gated Linear Attention (2024), for the chunks and the gradient of gates.
 
     >>> k, v = torch.ones(1, 3, 1, 1), torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)
     >>> linear_attention(k, k, v, normalize=True, eps=0.0).flatten().tolist()
