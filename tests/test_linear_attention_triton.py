@@ -66,8 +66,14 @@ def test_feature_maps(schedule, device, name):
 
 
 @pytest.mark.parametrize("schedule", (False,), indirect=True, ids=("whole",))
-def test_both_directions(schedule, device):
-    check(*rows(), place=device, causal=False, decay=-torch.rand(2), learn=("decay",), **NORMALIZED)
+@pytest.mark.parametrize("learn", ((), ("decay",)), ids=("fused", "learned"))
+@pytest.mark.parametrize("packed", (False, True), ids=("dense", "packed"))
+def test_both_directions(schedule, device, packed, learn):
+    """One kernel for both directions, or, for a learned decay, two calls."""
+    ends = torch.tensor([0, 3, 3, LENGTH - 6, LENGTH - 2], dtype=torch.int32) if packed else None
+    options = {"causal": False, "decay": -torch.rand(2), "cu_seqlens": ends, "learn": learn}
+    check(*rows(), place=device, key_mask=torch.rand(1, LENGTH) > 0.2, **options, **NORMALIZED)
+    check(*rows(dtype=HALF[-1]), place=device, token_scale=torch.rand(1, LENGTH), **options)
 
 
 @pytest.mark.parametrize("schedule", (False,), indirect=True, ids=("whole",))

@@ -8,9 +8,12 @@ import triton
 from . import linear_attention_configs as configs
 from .launch import Launcher, alignments
 from .linear_attention_device import (
+    BOTH_SIDES,
     EXP_SHIFTED,
+    FROM_RIGHT,
     IDENTITY,
     NOTHING,
+    ONE_SIDED,
     SUM_OF_KEYS,
     SUM_OF_PAIRS,
     linear_attention_decay_kernel,
@@ -48,6 +51,16 @@ class State(NamedTuple):
 NO_STATE = State()
 
 
+class Sides(NamedTuple):
+    """Which side the keys come from, and, where from both, the states right of each chunk."""
+
+    kind: int = ONE_SIDED.value
+    right: State = NO_STATE
+
+
+LEFT = Sides()
+
+
 class Call(NamedTuple):
     """What all passes of a call share."""
 
@@ -65,6 +78,11 @@ class Call(NamedTuple):
     def wide(self):
         """Whether products take float32 operands."""
         return self.q.dtype != torch.bfloat16
+
+    @property
+    def operands(self):
+        """The dtype of products' operands, and so of states that are only that."""
+        return torch.float32 if self.wide else self.q.dtype
 
     @property
     def precision(self):
@@ -112,7 +130,7 @@ def slices(call, step):
     return triton.cdiv(step.c.x.shape[3], tile(call, step)[0][1])
 
 
-def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, log_decay=None):
+def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, log_decay=None, sides=LEFT):
     """Launch the pass kernel over whole sequences, or segments of `segment` tokens."""
     config, block_keys = tile(call, step)
     a, b, c, given = step.a, step.b, step.c, step.input
@@ -120,20 +138,20 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
     length = rows.x.shape[1]
     count = triton.cdiv(length, segment) if segment else 1
     slots = call.sequences * count if call.cu is None else slot_bound(call, length, segment)
-    backwards = step.backwards != (call.mode == REVERSE)
+    backwards = step.backwards != (call.mode == REVERSE) or sides.kind == FROM_RIGHT.value
     strides = [x.x.stride()[:3] if x is not None else (0, 0, 0) for x in (a, b, c, given)]
     strides = sum(strides, ()) + call.decay_strides()
     factors = [x.factor if x is not None else None for x in (a, b, c)]
     pointers = (
         *(x.x if x is not None else None for x in (a, b, c, given)), step.out, *factors, step.out_factor, call.decay,
-        step.x, step.w, step.den, step.terms, *state, *final, log_decay, call.cu,
+        step.x, step.w, step.den, step.terms, *state, *final, log_decay, *sides.right, call.cu,
     )  # fmt: skip
     constants = (
         call.heads, *(x.group if x is not None else 1 for x in (a, b, c, given)), b.x.shape[3], c.x.shape[3],
         block_keys, *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
         *(call.heads if f is not None and f.dim() == 3 else 1 for f in factors),
         step.vector, walks, -1 if backwards else 1, step.backwards, step.transposed, segment, by_slot,
-        step.value_scale != 1.0, step.negative, call.wide, call.precision,
+        step.value_scale != 1.0, step.negative, sides.kind, call.wide, call.precision,
     )  # fmt: skip
     programs = slots * call.heads * triton.cdiv(c.x.shape[3], config[1])
     if programs:
@@ -186,6 +204,24 @@ def walk(call, step, initial, final=NO_STATE):
     run(call, step, local, segment=segment, by_slot=True)
 
 
+def both_sides(call, step):
+    """Retention in both directions with one decay a head, which the gradients' passes then share."""
+    chunk = tile(call, step)[0][0]
+    length, width, value_width = step.b.x.shape[1], step.b.x.shape[3], step.c.x.shape[3]
+    chunks = call.sequences * triton.cdiv(length, chunk) if call.cu is None else slot_bound(call, length, chunk)
+    z = None if step.vector == NOTHING.value else call.empty(
+        chunks, call.heads, width if step.vector == SUM_OF_KEYS.value else value_width
+    )  # fmt: skip
+    right = State(call.q.new_empty((chunks, call.heads, width, value_width), dtype=call.operands), z)
+    run(call, only_sums(step), NO_STATE, sides=Sides(FROM_RIGHT.value, right))
+    run(call, step, NO_STATE, sides=Sides(BOTH_SIDES.value, right))
+
+
+def only_sums(step):
+    """The pass without its result."""
+    return step._replace(out=None, input=None, terms=None, den=None)
+
+
 def sums(call, step, segment):
     """(sums over each segment alone, their log decays)."""
     length = step.b.x.shape[1]
@@ -197,15 +233,14 @@ def sums(call, step, segment):
     )  # fmt: skip
     local = State(call.empty(slots, call.heads, width, value_width), z)
     log_decay = None if call.decay is None else call.empty(slots, call.heads)
-    alone = step._replace(out=None, input=None, terms=None, den=None)
-    run(call, alone, NO_STATE, local, segment=segment, by_slot=True, log_decay=log_decay)
+    run(call, only_sums(step), NO_STATE, local, segment=segment, by_slot=True, log_decay=log_decay)
     return local, log_decay
 
 
 def total(call, step, initial, final):
     """The sums over all tokens, `initial` included, into `final`."""
     length = step.b.x.shape[1]
-    step = step._replace(out=None, input=None, terms=None, den=None)
+    step = only_sums(step)
     segment = segment_of(call, step, length)
     if not segment:
         return run(call, step, initial, final)
@@ -236,8 +271,9 @@ def linear_attention_fwd(
     call = Call(q, heads, cu_seqlens, decay, mode)
     out = (q.new_empty if cu_seqlens is None else q.new_zeros)((batch, length, heads, value_width))
     den = call.empty(batch, length, heads) if normalize else call.empty(0)
-    final = State(call.empty(call.sequences, heads, width, value_width))
-    if normalize:
+    directed = mode != BIDIRECTIONAL
+    final = State(call.empty(call.sequences, heads, width, value_width) if directed else call.empty(0))
+    if normalize and directed:
         final = final._replace(z=call.empty(call.sequences, heads, width))
     step = Pass(
         Rows(q, 1, map_q), Rows(k, group, map_k, contiguous(key_weight)), Rows(v, group),
@@ -247,9 +283,11 @@ def linear_attention_fwd(
     if mode == NON_CAUSAL:
         total(call, step, State(s0, z0), final)
         apply(call, step, final)
-    else:
+    elif directed:
         walk(call, step, State(s0, z0), final)
-    return out, den, final.s, final.z if normalize else call.empty(0)
+    else:
+        both_sides(call, step)
+    return out, den, final.s, call.empty(0) if final.z is None else final.z
 
 
 def linear_attention_bwd(
@@ -285,6 +323,9 @@ def linear_attention_bwd(
         apply(call, dq_step, State(s, z if normalize else None))
         apply(call, dk_step, State(ds0, dz0))
         apply(call, dv_step, State(ds0))
+    elif mode == BIDIRECTIONAL:
+        for step in (dq_step, dk_step, dv_step):
+            both_sides(call, step._replace(backwards=False))
     else:
         walk(call, dq_step, State(s0, z0))
         walk(call, dk_step, State(ds, dz), State(None, dz0))

@@ -10,6 +10,9 @@ a, b, c = q, k, v walked forward; dq is dout, v, k forward; dk is v, dout, q and
 A program owns BV value columns of one head of one segment, holds S in registers and walks the segment chunk by chunk.
 Products take bfloat16 operands, or float32 ones: as tf32 for float16 inputs, whose range the scores and states exceed,
 as three tf32 products for float32 inputs. No product takes the transpose of another's result.
+
+Retention in both directions takes two walks over the keys: one from the right that leaves the state right of every
+chunk, and one from the left that adds, to all pairs within a chunk, both states.
 """
 
 import triton
@@ -23,6 +26,7 @@ LARGEST_EXPONENT = tl.constexpr(80.0)
 EPS_OF_RELU = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)  # e^ it is 0 in float32; lower ones would cost the others' last digits
 NOTHING, SUM_OF_KEYS, SUM_OF_PAIRS = (tl.constexpr(i) for i in range(3))  # what z is
+ONE_SIDED, FROM_RIGHT, BOTH_SIDES = (tl.constexpr(i) for i in range(3))
 
 UNSPECIALIZED = ("sequences", "tokens", "segments", "steps")
 
@@ -97,7 +101,7 @@ def _operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr
 def _log_decays(decay, row, offs, stride, length, STEP: tl.constexpr, LATE: tl.constexpr, EXACT: tl.constexpr):
     """Log decays of a chunk, 0 past the end; LATE: those of the tokens before."""
     index = row + offs - (1 if LATE else 0)
-    inside = (row + offs < length) & (index >= 0)
+    inside = (row + offs < length) & (row + offs >= 0) & (index >= 0)
     g = tl.load(decay + index.to(tl.int64) * (STEP * stride), mask=inside, other=0.0).to(tl.float32)
     g = tl.maximum(g, LOWEST_LOG_DECAY)
     return g.to(tl.float64) if EXACT else g
@@ -117,6 +121,7 @@ def linear_attention_kernel(
     factor_a, factor_b, factor_c, out_factor,
     decay, x, w, den, terms,  # contiguous (B, T, HEADS) but for decay; terms (slices, B, T, HEADS)
     state, vector, final_state, final_vector, final_decay,  # (sequences or slots, HEADS, ...)
+    right_state, right_vector,  # (chunks, HEADS, ...): written FROM_RIGHT, read on BOTH_SIDES
     cu, sequences, tokens, segments, steps,
     stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_cb, stride_ct, stride_ch,
     stride_ib, stride_it, stride_ih, stride_db, stride_dt, stride_dh,
@@ -126,8 +131,8 @@ def linear_attention_kernel(
     MAP_A: tl.constexpr, MAP_B: tl.constexpr, MAP_C: tl.constexpr, MAP_I: tl.constexpr,
     HEADS_FA: tl.constexpr, HEADS_FB: tl.constexpr, HEADS_FC: tl.constexpr,
     VECTOR: tl.constexpr, WALKS: tl.constexpr, STEP: tl.constexpr, LATE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    SEGMENT: tl.constexpr, BY_SLOT: tl.constexpr, SCALED: tl.constexpr, NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNK: tl.constexpr, BV: tl.constexpr,
+    SEGMENT: tl.constexpr, BY_SLOT: tl.constexpr, SCALED: tl.constexpr, NEGATIVE: tl.constexpr, SIDES: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """`segments` a dense sequence, or, packed, as many slots of SEGMENT tokens as `locate` needs; SEGMENT 0: whole
     sequences. Reads the state of the sequence, BY_SLOT of the segment; writes the final one likewise."""
@@ -165,6 +170,11 @@ def linear_attention_kernel(
     if SEGMENT > 0:
         end = tl.minimum(row + SEGMENT, length)
 
+    chunks = tl.cdiv(length, CHUNK)
+    first_chunk = sequence * chunks if cu is None else start // CHUNK + sequence
+    if SIDES == FROM_RIGHT:  # the short chunk is the last one of the sequence, so here it comes first
+        row = length - chunks * CHUNK
+
     offs = tl.arange(0, CHUNK)
     keys = tl.arange(0, BK)
     cols = piece * BV + tl.arange(0, BV)
@@ -191,7 +201,17 @@ def linear_attention_kernel(
     total_decay = 0.0
 
     for chunk in tl.range(row, end, CHUNK):
-        inside = chunk + offs < end
+        inside = (chunk + offs < end) & (chunk + offs >= 0)
+        if SIDES != ONE_SIDED:
+            number = first_chunk + ((end - CHUNK - chunk) // CHUNK if SIDES == FROM_RIGHT else chunk // CHUNK)
+            right_index = number * HEADS + h
+        if SIDES == FROM_RIGHT:
+            tl.store(
+                _state_pointers(right_state, right_index, keys, cols, K, V, False), s.to(right_state.dtype.element_ty),
+                mask=exists,
+            )  # fmt: skip
+            if VECTOR == SUM_OF_PAIRS or (VECTOR == SUM_OF_KEYS and piece == 0):
+                tl.store(right_vector + right_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)
         walked = (chunk + offs).to(tl.int64) * STEP
         places = place + walked
         if WALKS:
@@ -228,7 +248,28 @@ def linear_attention_kernel(
                 lower = offs[:, None] > offs[None, :] if terms is not None else offs[:, None] >= offs[None, :]
                 if terms is not None:
                     diagonal = tl.sum(tl.where(offs[:, None] == offs[None, :], scores, 0.0), 1)
-                if decay is not None:
+                if SIDES == BOTH_SIDES:
+                    # From the right a key comes by the decays from the query's own to the one before the key's.
+                    late = running - g
+                    apart = tl.where(lower, running[:, None] - running[None, :], late[None, :] - late[:, None])
+                    scores *= tl.where(inside[None, :], tl.exp(apart.to(tl.float32)), 0.0)
+                    y *= before[:, None]
+                    right = tl.load(
+                        _state_pointers(right_state, right_index, keys, cols, K, V, False), mask=exists, other=0.0
+                    )
+                    from_right = tl.exp((total - late).to(tl.float32))
+                    far = tl.dot(qb, right.to(qb.dtype), input_precision=PRECISION)
+                    if VECTOR != NOTHING:
+                        right_z = tl.load(
+                            right_vector + right_index.to(tl.int64) * width_z + place_z, mask=place_z < width_z,
+                            other=0.0,
+                        )  # fmt: skip
+                        if VECTOR == SUM_OF_PAIRS:
+                            far += xs[:, None] * right_z[None, :]
+                        else:
+                            far_weights = tl.sum(qb.to(tl.float32) * right_z[None, :], 1) * from_right
+                    y += far * from_right[:, None]
+                elif decay is not None:
                     apart = (running[:, None] - running[None, :]).to(tl.float32)
                     scores *= tl.exp(tl.where(lower, apart, float("-inf")))
                     y *= before[:, None]
@@ -237,6 +278,8 @@ def linear_attention_kernel(
                 if VECTOR == SUM_OF_KEYS:
                     if decay is not None:
                         weights *= before
+                    if SIDES == BOTH_SIDES:
+                        weights += far_weights
                     weights += tl.sum(scores, 1)
                 if SCALED:
                     scores *= value_scale

@@ -130,9 +130,11 @@ def linear_attention_step(
 def _run(call):
     """(out, s, z) of a checked call."""
     backend = _TABLE.choose(*call)
-    mode, row_scale = call[-2], call[5]
+    mode, decay, row_scale = call[-2], call[3], call[5]
     if mode == BIDIRECTIONAL:
-        return _both_directions(*call)
+        fused = backend.name == "triton" and decay.shape[:2] == (1, 1) and not checks.needs_grad(decay, row_scale)
+        if not fused:
+            return _both_directions(*call)
     if checks.needs_grad(row_scale):  # a factor of the result: its gradient needs no kernel
         out, s, z = _run((*call[:5], None, *call[6:]))
         return (out * row_scale[..., None, None]).to(out.dtype), s, z
@@ -148,7 +150,10 @@ def _run(call):
 def _both_directions(
     q, k, v, decay, key_weight, row_scale, s0, z0, cu_seqlens, scale, eps, map_q, map_k, mode, normalize
 ):
-    """Forward + reverse - diagonal, added before anything is rounded or divided."""
+    """Forward + reverse - diagonal in two calls, added before anything is rounded or divided.
+
+    Triton has a kernel that reads q, k, v for both directions at once, for decays that are one a head and not learned.
+    """
     dtype, work, group = q.dtype, checks.state_dtype(q), q.shape[2] // k.shape[2]
     q, k, v = (x.to(work) for x in (q, k, v))
     values = F.pad(v, (0, 1), value=1.0) if normalize else v  # the column of ones sums up the weights
@@ -357,8 +362,9 @@ def _fwd_fake(
     states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = {"dtype": checks.state_dtype(q)}
     den = q.new_empty((batch, length, heads) if normalize else 0, **wide)
-    z = q.new_empty((states, heads, width) if normalize else 0, **wide)
-    s = q.new_empty((states, heads, width, value_width), **wide)
+    directed = mode != BIDIRECTIONAL
+    z = q.new_empty((states, heads, width) if normalize and directed else 0, **wide)
+    s = q.new_empty((states, heads, width, value_width) if directed else 0, **wide)
     return q.new_empty((batch, length, heads, value_width)), den, s, z
 
 
