@@ -56,7 +56,7 @@ def make_case(shape, kind, dtype, device):
     inputs = [x.to(dtype) for x in inputs]
     if kind == "gated":
         inputs.append(F.logsigmoid(torch.randn(shape[:3], generator=generator)).to(device) / 16)
-    decay = torch.log1p(-(2.0 ** (-5.0 - torch.arange(shape[2], device=device)))) if kind == "retention" else None
+    decay = fa.decay_preset("retnet", shape[2], device=device) if kind == "retention" else None
     context, (batch, length, heads, width) = Attention(kind, decay), shape
     tensor, gates = q.numel() * inputs[0].element_size(), 4 * batch * length * heads * (kind == "gated")
     token = batch * length * heads

@@ -11,6 +11,7 @@ from flowattn.reference.linear_attention import recurrence
 
 on_backends = pytest.mark.parametrize("backend", ("cpu", "reference"), indirect=True)
 MODES = {"causal": {}, "reverse": {"reverse": True}, "full": {"causal": False}}
+PRESETS = ("retnet", "vir", "lightning", "lightning_layers")
 DTYPES = (F64, F32, BF16, F16)
 
 
@@ -140,18 +141,28 @@ def test_lengths(native, length):
 # --- forms that must agree
 
 
-def retention_presets(heads):
-    return {
-        "retnet": torch.log1p(-(2.0 ** (-5.0 - torch.arange(heads)))),
-        "vir": torch.log1p(-torch.linspace(math.log(1 / 32), math.log(1 / 512), heads).exp()),
+def test_decay_presets():
+    """Numbers worked out by hand from the published formulas."""
+    gamma = {name: fa.decay_preset(name, 4, layer=1, layers=2).exp() for name in PRESETS}
+    expected = {
+        "retnet": [31 / 32, 63 / 64, 127 / 128, 255 / 256],
+        "vir": [31 / 32, 1 - 2 ** (-19 / 3), 1 - 2 ** (-23 / 3), 511 / 512],
+        "lightning": [math.exp(-(2.0**-n)) for n in (2, 4, 6, 8)],
+        "lightning_layers": [math.exp(-h) for h in range(4)],
     }
+    for name in PRESETS:
+        torch.testing.assert_close(gamma[name], torch.tensor(expected[name]))
+    six = [2.0**-n for n in (2, 4, 6, 8, 1, 3)]  # no power of two: those of 4, then every other of 8
+    torch.testing.assert_close(-fa.decay_preset("lightning", 6), torch.tensor(six))
+    with pytest.raises(ValueError, match="decay_preset: name must be"):
+        fa.decay_preset("rwkv", 4)
 
 
-@pytest.mark.parametrize("preset", ("retnet", "vir"))
+@pytest.mark.parametrize("preset", PRESETS)
 @on_backends
 def test_parallel_chunked_and_recurrent_forms(backend, place, preset):
     q, k, v = (x.to(place) for x in inputs(100, heads_kv=4))
-    decay = retention_presets(4)[preset].to(place)
+    decay = fa.decay_preset(preset, 4, device=place)
     apart = (torch.arange(100)[:, None] - torch.arange(100)).to(place)
     weights = torch.where(apart >= 0, decay.double()[:, None, None] * apart, float("-inf")).exp()
     scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) * weights * 16**-0.5

@@ -78,11 +78,6 @@ def test_published_sizes(size, millions):
     assert model.pos_embed.shape == (1, 196, model.norm.weight.shape[0])
 
 
-def test_decays_of_the_heads():
-    gamma = vir.log_decays(4).exp()
-    assert gamma[0].item() == pytest.approx(31 / 32) and gamma[-1].item() == pytest.approx(511 / 512)
-
-
 def test_trains_on_a_backend(device):
     torch.manual_seed(0)
     model = ViR.of_size("tiny", img_size=16, patch_size=8, num_classes=2, layer_scale=0.5).to(device)

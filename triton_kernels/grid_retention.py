@@ -34,7 +34,7 @@ def grid_retention_kernel(
     program = tl.program_id(0)
     blocks = tl.cdiv(length, BM)
     piece, first = program % slices, program // slices % blocks * BM
-    h = program // (slices * blocks) % HEADS
+    h = (program // (slices * blocks) % HEADS).to(tl.int64)
     batch = (program // (slices * blocks * HEADS)).to(tl.int64)
     a += batch * stride_ab + h // GROUP_A * stride_ah
     b += batch * stride_bb + h // GROUP_B * stride_bh

@@ -16,8 +16,10 @@ from .linear_attention_device import (
     ONE_SIDED,
     SUM_OF_KEYS,
     SUM_OF_PAIRS,
-    linear_attention_decay_kernel,
     linear_attention_kernel,
+)
+from .linear_attention_sums import (
+    linear_attention_decay_kernel,
     linear_attention_rows_kernel,
     linear_attention_scan_kernel,
 )
@@ -120,7 +122,7 @@ class Pass(NamedTuple):
 
 
 def tile(call, step):
-    """(CHUNK, BV, num_warps, num_stages) and BK of a pass; BV divides nothing, the last columns are masked."""
+    """(CHUNK, BV, num_warps, num_stages) and BK of a pass; columns past the widths are masked."""
     width, value_width = (max(NARROWEST, triton.next_power_of_2(rows.x.shape[3])) for rows in (step.b, step.c))
     whole = max(step.c.map, step.input.map if step.input else 0) >= EXP_SHIFTED.value
     return configs.config(call.q.dtype, width, value_width, whole), width
@@ -193,15 +195,23 @@ def scan(call, step, local, log_decay, initial, final, segment, length, keep):
         )
 
 
-def walk(call, step, initial, final=NO_STATE):
-    """A causal pass, of whole sequences where these fill the processors, else of segments after a scan over them."""
+def walk(call, step, initial, final=NO_STATE, also=None):
+    """A causal pass, of whole sequences where these fill the processors, else of segments after a scan over them.
+
+    `also`: a second pass, over the same S the other way round, without z.
+    """
     length = step.b.x.shape[1]
     segment = segment_of(call, step, length)
     if not segment:
-        return run(call, step, initial, final)
+        run(call, step, initial, final if also is None else State(None, final.z))
+        if also is not None:
+            run(call, also, State(initial.s), State(final.s))
+        return
     local, log_decay = sums(call, step, segment)
     scan(call, step, local, log_decay, initial, final, segment, length, keep=True)
     run(call, step, local, segment=segment, by_slot=True)
+    if also is not None:
+        run(call, also, State(local.s), segment=segment, by_slot=True)
 
 
 def both_sides(call, step):
@@ -218,8 +228,8 @@ def both_sides(call, step):
 
 
 def only_sums(step):
-    """The pass without its result."""
-    return step._replace(out=None, input=None, terms=None, den=None)
+    """The pass without its result, in the same tiles."""
+    return step._replace(out=None, terms=None, den=None)
 
 
 def sums(call, step, segment):
@@ -328,8 +338,7 @@ def linear_attention_bwd(
             both_sides(call, step._replace(backwards=False))
     else:
         walk(call, dq_step, State(s0, z0))
-        walk(call, dk_step, State(ds, dz), State(None, dz0))
-        walk(call, dv_step, State(ds), State(ds0))
+        walk(call, dk_step, State(ds, dz), State(ds0, dz0), also=dv_step)
     dk, dv = (part if group == 1 else part.unflatten(2, (-1, group)).sum(3).to(q.dtype) for part in parts)
     ddecay = call.empty(0)
     if want_ddecay:

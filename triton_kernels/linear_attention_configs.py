@@ -14,7 +14,10 @@ SHORTEST_SEGMENT = 4  # chunks: a shorter segment would read and write more stat
 
 
 def config(dtype, width, value_width, whole_rows):
-    """(CHUNK, BV, num_warps, num_stages) for padded widths; whole_rows: a program needs all value columns."""
+    """(CHUNK, BV, num_warps, num_stages) for padded widths; whole_rows: a program needs all value columns.
+
+    CHUNK must not depend on the value width: passes over one another's segments share it.
+    """
     if dtype == torch.bfloat16:
         chunk, columns, warps, stages = 64, 64, 8 if width > 128 else 4, 2
     else:

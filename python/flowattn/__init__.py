@@ -3,6 +3,7 @@
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import RelativeBias
+from flowattn.ops.decays import decay_preset
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
 from flowattn.ops.grid_retention import grid_retention
 from flowattn.ops.linear_attention import LinearState, linear_attention, linear_attention_step
@@ -28,6 +29,7 @@ __all__ = [
     "aaren_attention",
     "bias_gelu",
     "bias_residual_layer_norm",
+    "decay_preset",
     "explain",
     "grid_retention",
     "linear_attention",

@@ -1,22 +1,16 @@
 """ViR: a vision Transformer with retention, trained in parallel and run token by token or chunk by chunk."""
 
-import math
-
 import torch
 from torch import nn
 
 from flowattn import checks
+from flowattn.ops.decays import decay_preset
 from flowattn.ops.linear_attention import LinearState, linear_attention, linear_attention_step
 
 _NAME = "ViR"
 FORMS = ("chunkwise", "parallel", "recurrent")
 # Width, layers, heads of the published models; patches of 16 or 14 pixels.
 SIZES = {"tiny": (64, 2, 2), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-
-
-def log_decays(num_heads):
-    """log gamma of each head, gamma = 1 - exp(linspace(ln 1/32, ln 1/512))."""
-    return torch.log1p(-torch.linspace(math.log(1 / 32), math.log(1 / 512), num_heads).exp())
 
 
 class Retention(nn.Module):
@@ -30,7 +24,7 @@ class Retention(nn.Module):
         super().__init__()
         self.num_heads, self.bidirectional, self.softmax_compat = num_heads, bidirectional, softmax_compat
         self.qkv, self.out_proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
-        self.register_buffer("decay", log_decays(num_heads), persistent=False)
+        self.register_buffer("decay", decay_preset("vir", num_heads), persistent=False)
 
     def heads(self, x):
         """q, k, v (..., H, D) of x (..., dim)."""
