@@ -80,7 +80,10 @@ struct Call {
   void check_states(const char* name, const char* vector_name, const MaybeTensor& s, const MaybeTensor& z) const {
     if (s) check_scan_tensor(kOp, name, *s, compute, {states(), heads, width, value_width}, true);
     if (z) check_scan_tensor(kOp, vector_name, *z, compute, {states(), heads, width}, true);
-    FA_CHECK(!s || s->is_contiguous(), kOp, std::string(name) + " must be contiguous", shape_text(s->strides()));
+    for (const auto& [label, x] : {std::pair(name, &s), std::pair(vector_name, &z)}) {
+      FA_CHECK(!*x || (*x)->is_contiguous(), kOp, std::string(label) + " must be contiguous",
+               shape_text((*x)->strides()));
+    }
   }
 
   LinearRows rows(const Tensor& x, int64_t group, FeatureMap map, ScanTensor factor = {}) const {

@@ -227,7 +227,9 @@ def _prepare(
     bidirectional = not causal and decay is not None
     if (causal or decay is not None or cu_seqlens is not None) and k.shape[1] != length:
         checks.fail(_OP, "q and k must have one length if causal, with decay or cu_seqlens", (length, k.shape[1]))
-    cu_seqlens, _, states = checks.scan_sequences(_OP, q, cu_seqlens, None)
+    states = q.shape[0]
+    if cu_seqlens is not None:
+        cu_seqlens, _, states = checks.scan_sequences(_OP, q, cu_seqlens, None)
     if decay is not None:
         decay = _check_decay(decay, q).to(work)
     if key_mask is not None:
@@ -239,7 +241,9 @@ def _prepare(
     if bidirectional and (initial_state is not None or output_final_state):
         rule = "states have a direction: none with causal=False and decay"
         checks.fail(_OP, rule, "initial_state or output_final_state", error=NotImplementedError)
-    s0, z0 = _check_state(initial_state, (states, heads, width, v.shape[3]), normalize, q)
+    s0 = z0 = None
+    if initial_state is not None:
+        s0, z0 = _check_state(initial_state, (states, heads, width, v.shape[3]), normalize, q)
     map_q = map_k = feature_map if known else "identity"
     if feature_map == "exp" and normalize:
         map_q = "exp_shifted"
@@ -256,21 +260,23 @@ def _prepare(
 
 def _check_tensors(q, k, v):
     names, tensors = ("q", "k", "v"), checks.autocast(q, k, v)
-    for name, x in zip(names, tensors):
-        if x.dim() != 4:
-            checks.fail(_OP, f"{name} must have shape (B, T, heads, width)", tuple(x.shape))
     q, k, v = tensors
+    shapes = of_q, of_k, of_v = q.shape, k.shape, v.shape
+    for name, shape in zip(names, shapes):
+        if len(shape) != 4:
+            checks.fail(_OP, f"{name} must have shape (B, T, heads, width)", tuple(shape))
     checks.float_dtype(_OP, "q", q)
     checks.same_dtype_device(_OP, names, tensors)
     checks.last_dim_contiguous(_OP, names, tensors)
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        checks.fail(_OP, "k must have the batch and width of q", (tuple(q.shape), tuple(k.shape)))
-    if v.shape[:3] != k.shape[:3]:
-        checks.fail(_OP, "v must have the batch, length and heads of k", (tuple(k.shape), tuple(v.shape)))
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
-        checks.fail(_OP, "the heads of k must divide the heads of q", (q.shape[2], k.shape[2]))
-    if q.shape[3] == 0 or v.shape[3] == 0:
-        checks.fail(_OP, "head widths must be positive", (q.shape[3], v.shape[3]))
+    (batch, _, heads, width), (batch_k, _, heads_kv, width_k) = of_q, of_k
+    if batch_k != batch or width_k != width:
+        checks.fail(_OP, "k must have the batch and width of q", (tuple(of_q), tuple(of_k)))
+    if of_v[:3] != of_k[:3]:
+        checks.fail(_OP, "v must have the batch, length and heads of k", (tuple(of_k), tuple(of_v)))
+    if heads_kv == 0 or heads % heads_kv != 0:
+        checks.fail(_OP, "the heads of k must divide the heads of q", (heads, heads_kv))
+    if width == 0 or of_v[3] == 0:
+        checks.fail(_OP, "head widths must be positive", (width, of_v[3]))
     return tensors
 
 
@@ -293,8 +299,6 @@ def _check_rows(name, x, tokens):
 
 
 def _check_state(state, shape, normalize, q):
-    if state is None:
-        return None, None
     rule = "initial_state must be a LinearState (s, z)"
     checks.require(isinstance(state, tuple) and len(state) == 2, _OP, rule, type(state).__name__, error=TypeError)
     s, z = state
