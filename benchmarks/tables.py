@@ -22,7 +22,7 @@ def compare(group):
     ours = next((line for line in group if line["ours"]), None)
     if ours is None or ours["status"] != "ok":
         return ours, None, None
-    peers = [line for line in group if not line["ours"] and line["status"] == "ok"]
+    peers = [line for line in group if not line["ours"] and line["status"] == "ok" and not line.get("unlike")]
     ratios = [(clock(ours, peer) / clock(peer, ours), peer) for peer in peers]
     return ours, *max(ratios, key=lambda pair: pair[0], default=(None, None))
 

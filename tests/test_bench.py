@@ -75,6 +75,14 @@ def test_wall_time_walks_over_the_copies():
     assert calls == [0, 1, 0, 1] and 2 <= times.p20 <= times.median <= times.p80
 
 
+def test_another_function_is_timed_and_is_never_the_best_peer():
+    lines, text = measure(other=lambda case: harness.Bound(lambda x: 3 * x, unlike="thrice"))
+    made = lines["other", "fwd"]
+    assert made["status"] == "ok" and made["unlike"] and made["wall_ms"] > 0 and "(thrice)" in text
+    assert "unlike" not in lines["flowattn", "fwd"]
+    assert tables.compare([line(), line("other", ms=0.5, unlike=True)])[1:] == (None, None)
+
+
 def test_measured_rates_are_finite():
     floors = timing.measure_floors(CPU, torch.float32, quick=True)
     assert all(1e6 < floors[rate] < 1e15 for rate in ("copy", "matmul")) and floors["dtype"] == "float32"

@@ -3,7 +3,10 @@
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import DisentangledBias, RelativeBias
+from flowattn.ops.decays import decay_preset
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
+from flowattn.ops.grid_retention import grid_retention
+from flowattn.ops.linear_attention import LinearState, linear_attention, linear_attention_step
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
 from flowattn.ops.prefix_attention import (
@@ -20,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DisentangledBias",
     "FallbackWarning",
+    "LinearState",
     "PackPlan",
     "PrefixState",
     "RelativeBias",
@@ -29,7 +33,11 @@ __all__ = [
     "bi_selective_scan",
     "bias_gelu",
     "bias_residual_layer_norm",
+    "decay_preset",
     "explain",
+    "grid_retention",
+    "linear_attention",
+    "linear_attention_step",
     "linear_scan",
     "pack",
     "pack_plan",

@@ -40,6 +40,16 @@ SCHEMAS = {
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
+    # Its gradients are itself: a, b, c in the roles of queries, keys and values (ops/grid_retention.py).
+    "grid_retention_fwd": "(Tensor a, Tensor b, Tensor c, Tensor decay, float scale, SymInt height, SymInt width,"
+    " int visible) -> Tensor",
+    "linear_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? key_weight, Tensor? row_scale,"
+    " Tensor? s0, Tensor? z0, Tensor? cu_seqlens, float scale, float eps, int map_q, int map_k, int mode,"
+    " bool normalize) -> (Tensor out, Tensor den, Tensor s, Tensor z)",
+    "linear_attention_bwd": "(Tensor dout, Tensor? ds, Tensor? dz, Tensor q, Tensor k, Tensor v, Tensor? decay,"
+    " Tensor? key_weight, Tensor? row_scale, Tensor? s0, Tensor? z0, Tensor? cu_seqlens, Tensor out, Tensor den,"
+    " Tensor s, Tensor z, float scale, float eps, int map_q, int map_k, int mode, bool normalize, bool want_ddecay)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor ddecay, Tensor ds0, Tensor dz0)",
     "linear_scan_fwd": "(Tensor gates, Tensor tokens, Tensor? initial, Tensor? cu_seqlens, Tensor? reset,"
     " bool log_gate, bool reverse) -> (Tensor out, Tensor final)",
     "linear_scan_bwd": "(Tensor dout, Tensor? dfinal, Tensor gates, Tensor out, Tensor? initial, Tensor? cu_seqlens,"
@@ -67,11 +77,10 @@ SCHEMAS = {
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dposition_keys, Tensor dposition_queries)",
 }
 TRITON_OPS = {
-    "selective_scan_fwd": "selective_scan",
-    "selective_scan_bwd": "selective_scan",
-    "varlen_attention_fwd": "varlen_attention",
-    "varlen_attention_bwd": "varlen_attention",
-}
+    f"{name}_{direction}": name
+    for name in ("linear_attention", "selective_scan", "varlen_attention")
+    for direction in ("fwd", "bwd")
+} | {"grid_retention_fwd": "grid_retention"}
 
 _LIB = torch.library.Library("flowattn", "DEF")
 
