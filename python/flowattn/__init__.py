@@ -4,6 +4,7 @@ from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import RelativeBias
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
+from flowattn.ops.flow_affine import flow_affine_forward, flow_affine_inverse
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
 from flowattn.ops.prefix_attention import (
@@ -26,6 +27,8 @@ __all__ = [
     "bias_gelu",
     "bias_residual_layer_norm",
     "explain",
+    "flow_affine_forward",
+    "flow_affine_inverse",
     "linear_scan",
     "pack",
     "pack_plan",

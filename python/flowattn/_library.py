@@ -25,6 +25,11 @@ SCHEMAS = {
     "bias_residual_layer_norm_bwd": "(Tensor dy, Tensor? dz, Tensor x, Tensor? bias, Tensor? residual, Tensor? weight,"
     " Tensor? ln_bias, Tensor stats, Tensor? inverse, bool want_params)"
     " -> (Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)",
+    "flow_affine_fwd": "(Tensor x, Tensor params, bool softplus, float soft_clip) -> (Tensor z, Tensor logdet)",
+    "flow_affine_bwd": "(Tensor dz, Tensor? dlogdet, Tensor z, Tensor params, bool softplus, float soft_clip)"
+    " -> (Tensor dx, Tensor dparams)",
+    "flow_affine_inv": "(Tensor z, Tensor params, Tensor? params_uncond, Tensor? guidance, Tensor? previous, int rule,"
+    " bool guide_scale, bool guide_mean, bool softplus, float soft_clip) -> (Tensor x, Tensor statistics)",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
