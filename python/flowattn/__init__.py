@@ -5,6 +5,8 @@ from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import RelativeBias
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
 from flowattn.ops.flow_affine import flow_affine_forward, flow_affine_inverse
+from flowattn.ops.flow_inverse import InverseInfo, flow_forward, flow_inverse
+from flowattn.ops.flow_solvers import InverseStatus
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
 from flowattn.ops.prefix_attention import (
@@ -19,6 +21,8 @@ from flowattn.ops.varlen_attention import varlen_attention
 __version__ = "0.1.0"
 __all__ = [
     "FallbackWarning",
+    "InverseInfo",
+    "InverseStatus",
     "PackPlan",
     "PrefixState",
     "RelativeBias",
@@ -29,6 +33,8 @@ __all__ = [
     "explain",
     "flow_affine_forward",
     "flow_affine_inverse",
+    "flow_forward",
+    "flow_inverse",
     "linear_scan",
     "pack",
     "pack_plan",

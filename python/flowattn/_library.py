@@ -16,6 +16,12 @@ _SCORES = (
     " float dropout_p=0.0, Tensor? rng=None"
 )
 
+# A block of a causal flow: packed weights, what its rows are conditioned on, and its static cache.
+_FLOW = (
+    "Tensor weights, Tensor config, Tensor? positions, Tensor? cond, Tensor? prefix, Tensor? rope, Tensor? start,"
+    " Tensor scale, Tensor(a!) keys, Tensor(b!) values"
+)
+
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "bias_gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
@@ -30,6 +36,9 @@ SCHEMAS = {
     " -> (Tensor dx, Tensor dparams)",
     "flow_affine_inv": "(Tensor z, Tensor params, Tensor? params_uncond, Tensor? guidance, Tensor? previous, int rule,"
     " bool guide_scale, bool guide_mean, bool softplus, float soft_clip) -> (Tensor x, Tensor statistics)",
+    "flow_window": f"(Tensor tokens, {_FLOW}, Tensor lo, Tensor hi, SymInt width, float eps) -> Tensor",
+    "flow_sequential": f"(Tensor(c!) tokens, {_FLOW}, Tensor z, Tensor? guidance, SymInt begin, int rule,"
+    " bool guide_scale, bool guide_mean, bool softplus, float soft_clip, float clamp, float eps) -> Tensor",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
