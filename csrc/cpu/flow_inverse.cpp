@@ -27,17 +27,18 @@ constexpr int64_t kProductRows = 48;  // rows of one item of a product
 
 // Walks the packed weights in the order of ops/flow_network.py.
 struct Packed {
-  int64_t end = 0;
+  int64_t weights = 0, vectors = 0;
 
   FlowProduct product(int64_t columns, int64_t depth) {
-    const int64_t padded = (columns + kFlowPanel - 1) / kFlowPanel * kFlowPanel, panels = end;
-    end += padded * depth + columns;
-    return {panels, panels + padded * depth, depth, columns};
+    const FlowProduct result{weights, vectors, depth, columns};
+    weights += (columns + kFlowPanel - 1) / kFlowPanel * kFlowPanel * depth;
+    vectors += columns;
+    return result;
   }
   int64_t norm(bool present, int64_t width) {
     if (!present) return -1;
-    end += 2 * width;
-    return end - 2 * width;
+    vectors += 2 * width;
+    return vectors - 2 * width;
   }
 };
 
@@ -76,9 +77,9 @@ struct Network {
   std::vector<FlowLayerWeights> layers;
   int64_t element, work_width, qkv_width;
 
-  Network(const Tensor& tokens, const Tensor& weights, const Tensor& config, const MaybeTensor& positions,
-          const MaybeTensor& cond, const MaybeTensor& prefix, const MaybeTensor& rope, const MaybeTensor& start,
-          const Tensor& scale, const Tensor& keys, const Tensor& values, double eps) {
+  Network(const Tensor& tokens, const Tensor& weights, const Tensor& vectors, const Tensor& config,
+          const MaybeTensor& positions, const MaybeTensor& cond, const MaybeTensor& prefix, const MaybeTensor& rope,
+          const MaybeTensor& start, const Tensor& scale, const Tensor& keys, const Tensor& values, double eps) {
     const ScalarType dtype = tokens.scalar_type();
     FA_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, kOp, "tokens must be float32 or float64",
              toString(dtype));
@@ -112,7 +113,8 @@ struct Network {
     net.final_norm = packed.norm(c[kFinalNorm], net.width);
     net.proj_out = packed.product(net.outputs, net.width);
     net.layer = layers.data();
-    net.weights = data_of("weights", weights, tokens, packed.end);
+    net.weights = data_of("weights", weights, tokens, packed.weights);
+    net.vectors = data_of("vectors", vectors, tokens, packed.vectors);
 
     FA_CHECK(scale.numel() > 0 || net.batch == 0, kOp, "scale must have a number for each row", scale.numel());
     net.streams = net.batch ? scale.numel() / net.batch : 1;
@@ -283,11 +285,27 @@ void over_samples(const Network& network, int64_t rows_of_sample, double work, c
   });
 }
 
+// Puts a weight (columns, depth) into `packed` from `offset` on.
+void flow_pack_cpu(Tensor weight, Tensor packed, int64_t offset) {
+  FA_CHECK(weight.dim() == 2 && weight.is_cpu() && weight.stride(1) == 1, kOp, "weights must have contiguous rows",
+           weight.dim());
+  const bool wide = weight.scalar_type() == ScalarType::Double;
+  FA_CHECK(packed.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), kOp,
+           "packed must be float32, or float64", toString(packed.scalar_type()));
+  const int64_t columns = weight.size(0), depth = weight.size(1);
+  const int64_t numbers = (columns + kFlowPanel - 1) / kFlowPanel * kFlowPanel * depth;
+  FA_CHECK(offset >= 0 && offset + numbers <= packed.numel(), kOp, "packed must hold the weight", packed.numel());
+  auto* panels = static_cast<std::byte*>(packed.mutable_data_ptr()) + offset * packed.element_size();
+  FA_ISA_CALL(flow_pack, storage_of(kOp, "a weight", weight), weight.data_ptr(), weight.stride(0), columns, depth,
+              panels);
+}
+
 // Raw outputs of steps lo[b] .. hi[b] of each sample; rows beyond hi[b] stay as they are.
-Tensor flow_window_cpu(Tensor tokens, Tensor weights, Tensor config, MaybeTensor positions, MaybeTensor cond,
-                       MaybeTensor prefix, MaybeTensor rope, MaybeTensor start, Tensor scale, Tensor keys,
-                       Tensor values, Tensor lo, Tensor hi, int64_t width, double eps) {
-  const Network network(tokens, weights, config, positions, cond, prefix, rope, start, scale, keys, values, eps);
+Tensor flow_window_cpu(Tensor tokens, Tensor weights, Tensor vectors, Tensor config, MaybeTensor positions,
+                       MaybeTensor cond, MaybeTensor prefix, MaybeTensor rope, MaybeTensor start, Tensor scale,
+                       Tensor keys, Tensor values, Tensor lo, Tensor hi, int64_t width, double eps) {
+  const Network network(tokens, weights, vectors, config, positions, cond, prefix, rope, start, scale, keys, values,
+                        eps);
   const FlowNetwork& net = network.net;
   const bool bounds = lo.scalar_type() == ScalarType::Long && hi.scalar_type() == ScalarType::Long &&
                       lo.is_contiguous() && hi.is_contiguous() && lo.numel() == net.batch && hi.numel() == net.batch;
@@ -330,11 +348,13 @@ Tensor flow_window_cpu(Tensor tokens, Tensor weights, Tensor config, MaybeTensor
 
 // Steps begin .. N one after the other, writing each token into `tokens`. Returns (B, 4): the first token that is not
 // finite or -1, the largest log sigma, entries clamped, scales that are not positive.
-Tensor flow_sequential_cpu(Tensor tokens, Tensor weights, Tensor config, MaybeTensor positions, MaybeTensor cond,
-                           MaybeTensor prefix, MaybeTensor rope, MaybeTensor start, Tensor scale, Tensor keys,
-                           Tensor values, Tensor z, MaybeTensor guidance, int64_t begin, int64_t rule, bool guide_scale,
-                           bool guide_mean, bool softplus, double soft_clip, double clamp, double eps) {
-  const Network network(tokens, weights, config, positions, cond, prefix, rope, start, scale, keys, values, eps);
+Tensor flow_sequential_cpu(Tensor tokens, Tensor weights, Tensor vectors, Tensor config, MaybeTensor positions,
+                           MaybeTensor cond, MaybeTensor prefix, MaybeTensor rope, MaybeTensor start, Tensor scale,
+                           Tensor keys, Tensor values, Tensor z, MaybeTensor guidance, int64_t begin, int64_t rule,
+                           bool guide_scale, bool guide_mean, bool softplus, double soft_clip, double clamp,
+                           double eps) {
+  const Network network(tokens, weights, vectors, config, positions, cond, prefix, rope, start, scale, keys, values,
+                        eps);
   const FlowNetwork& net = network.net;
   FlowAffineOptions options{net.outputs == net.features, softplus,    soft_clip,
                             GuidanceRule(rule),          guide_scale, guide_mean};
@@ -393,6 +413,7 @@ Tensor flow_sequential_cpu(Tensor tokens, Tensor weights, Tensor config, MaybeTe
 }  // namespace flowattn
 
 STABLE_TORCH_LIBRARY_IMPL(flowattn, CPU, m) {
+  m.impl("flow_pack", TORCH_BOX(&flowattn::flow_pack_cpu));
   m.impl("flow_window", TORCH_BOX(&flowattn::flow_window_cpu));
   m.impl("flow_sequential", TORCH_BOX(&flowattn::flow_sequential_cpu));
 }

@@ -10,8 +10,8 @@ namespace flowattn {
 constexpr int64_t kFlowPanel = 64;  // columns of a product that lie together in the packed weights
 constexpr int64_t kFlowTile = 8;    // consecutive steps of a sample that share one pass over keys and values
 
-// Offsets into the packed weights: a product is its panels, each (depth, kFlowPanel), and then its bias; a norm its
-// weight, and then its bias. -1: absent.
+// Offsets into the weights, where a product is its panels, each (depth, kFlowPanel), and into the vectors: its bias; a
+// norm is its weight, and then its bias. -1: absent.
 struct FlowProduct {
   int64_t panels, bias, depth, columns;
 };
@@ -25,7 +25,7 @@ struct FlowNetwork {
   int64_t width, features, outputs, heads, kv_heads, head_dim, hidden, layers;
   bool rms, gated;
   double eps;
-  const void* weights;
+  const void *weights, *vectors;
   FlowProduct proj_in, proj_out;
   const FlowLayerWeights* layer;
   int64_t final_norm;
@@ -54,6 +54,9 @@ enum class FlowEpilogue { kStore, kAdd, kGelu, kGeluTanh, kMultiply };
 
 }  // namespace flowattn
 
+// Panels of a weight (columns, depth), in the compute type of `storage`.
+FA_ISA_DECLARE(void flow_pack(Storage storage, const void* weight, int64_t stride, int64_t columns, int64_t depth,
+                              void* panels))
 FA_ISA_DECLARE(void flow_embed(const FlowPass& pass, const void* tokens, int64_t begin, int64_t end))
 // y = norm(x), added to y if `add`; x and y have rows of `width` numbers.
 FA_ISA_DECLARE(void flow_norm(const FlowPass& pass, int64_t weights, int64_t width, const void* x, void* y, bool add,

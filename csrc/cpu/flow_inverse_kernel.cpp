@@ -7,6 +7,10 @@
 namespace flowattn::FLOWATTN_ISA_NAMESPACE {
 namespace {
 
+struct StorageOf {
+  Storage storage;
+};
+
 template <typename T>
 const T* at(const void* base, int64_t offset) {
   return static_cast<const T*>(base) + offset;
@@ -19,7 +23,7 @@ T* at(void* base, int64_t offset) {
 template <typename T>
 void embed(const FlowPass& pass, const T* tokens, int64_t begin, int64_t end) {
   const FlowNetwork& net = *pass.net;
-  const T* weights = at<T>(net.weights, 0);
+  const T *weights = at<T>(net.weights, 0), *vectors = at<T>(net.vectors, 0);
   for (int64_t i = begin; i < end; ++i) {
     const FlowRow row = pass.rows[i];
     T* h = at<T>(pass.hidden, i * net.width);
@@ -34,7 +38,7 @@ void embed(const FlowPass& pass, const T* tokens, int64_t begin, int64_t end) {
       gemm<T>(1, min(kFlowPanel, net.width - c), net.features, input, net.features, 1,
               weights + net.proj_in.panels + c * net.features, kFlowPanel, h + c, net.width, false);
     }
-    const T* bias = weights + net.proj_in.bias;
+    const T* bias = vectors + net.proj_in.bias;
     const T* place =
         net.positions ? at<T>(net.positions, row.sample * net.positions_batch + row.step * net.width) : nullptr;
     const T* cond = net.cond ? at<T>(net.cond, row.row * net.width) : nullptr;
@@ -73,9 +77,9 @@ void norm_row(const FlowNetwork& net, const T* weight, int64_t width, const T* x
 template <typename T>
 void product(const FlowPass& pass, const FlowProduct& op, const T* x, T* y, FlowEpilogue epilogue, int64_t begin,
              int64_t end, int64_t panel) {
-  const T* weights = at<T>(pass.net->weights, 0);
   const int64_t from = panel * kFlowPanel, columns = min(kFlowPanel, op.columns - from), rows = end - begin;
-  const T *b = weights + op.panels + from * op.depth, *bias = weights + op.bias + from;
+  const T* b = at<T>(pass.net->weights, op.panels + from * op.depth);
+  const T* bias = at<T>(pass.net->vectors, op.bias + from);
   x += begin * op.depth, y += begin * op.columns + from;
   if (epilogue == FlowEpilogue::kStore || epilogue == FlowEpilogue::kAdd) {
     gemm<T>(rows, columns, op.depth, x, op.depth, 1, b, kFlowPanel, y, op.columns, epilogue == FlowEpilogue::kAdd);
@@ -115,7 +119,7 @@ void store_keys(const FlowPass& pass, int64_t number, int64_t begin, int64_t end
   const FlowNetwork& net = *pass.net;
   const FlowLayerWeights& layer = net.layer[number];
   const int64_t d = net.head_dim, heads = net.heads, kv_heads = net.kv_heads;
-  const T* weights = at<T>(net.weights, 0);
+  const T* vectors = at<T>(net.vectors, 0);
   for (int64_t i = begin; i < end; ++i) {
     const FlowRow row = pass.rows[i];
     const int64_t slot = row.step + net.prefix;
@@ -123,7 +127,7 @@ void store_keys(const FlowPass& pass, int64_t number, int64_t begin, int64_t end
     for (int64_t h = 0; h < heads + kv_heads; ++h) {
       T* head = qkv + h * d;
       const int64_t norm = h < heads ? layer.q_norm : layer.k_norm;
-      if (norm >= 0) norm_row(net, weights + norm, d, head, head, false);
+      if (norm >= 0) norm_row(net, vectors + norm, d, head, head, false);
       if (net.rope) {
         const T* cos = at<T>(net.rope, slot * (d / 2));
         rotate(head, cos, cos + net.rope_slots * (d / 2), d);
@@ -196,9 +200,19 @@ void flow_norm(const FlowPass& pass, int64_t weights, int64_t width, const void*
                int64_t end) {
   const FlowNetwork& net = *pass.net;
   for (int64_t i = begin * width; i < end * width; i += width) {
-    net.wide ? norm_row(net, at<double>(net.weights, weights), width, at<double>(x, i), at<double>(y, i), add)
-             : norm_row(net, at<float>(net.weights, weights), width, at<float>(x, i), at<float>(y, i), add);
+    net.wide ? norm_row(net, at<double>(net.vectors, weights), width, at<double>(x, i), at<double>(y, i), add)
+             : norm_row(net, at<float>(net.vectors, weights), width, at<float>(x, i), at<float>(y, i), add);
   }
+}
+
+void flow_pack(Storage storage, const void* weight, int64_t stride, int64_t columns, int64_t depth, void* panels) {
+  FA_DISPATCH_STORAGE(StorageOf{storage}, [&] {
+    using T = Compute<S>;
+    for (int64_t from = 0; from < columns; from += kFlowPanel) {
+      pack_transposed<T>(static_cast<const S*>(weight) + from * stride, stride, min(kFlowPanel, columns - from), depth,
+                         static_cast<T*>(panels) + from * depth, kFlowPanel);
+    }
+  }());
 }
 
 void flow_product(const FlowPass& pass, const FlowProduct& op, const void* x, void* y, FlowEpilogue epilogue,

@@ -18,8 +18,8 @@ _SCORES = (
 
 # A block of a causal flow: packed weights, what its rows are conditioned on, and its static cache.
 _FLOW = (
-    "Tensor weights, Tensor config, Tensor? positions, Tensor? cond, Tensor? prefix, Tensor? rope, Tensor? start,"
-    " Tensor scale, Tensor(a!) keys, Tensor(b!) values"
+    "Tensor weights, Tensor vectors, Tensor config, Tensor? positions, Tensor? cond, Tensor? prefix, Tensor? rope,"
+    " Tensor? start, Tensor scale, Tensor(a!) keys, Tensor(b!) values"
 )
 
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
@@ -36,6 +36,7 @@ SCHEMAS = {
     " -> (Tensor dx, Tensor dparams)",
     "flow_affine_inv": "(Tensor z, Tensor params, Tensor? params_uncond, Tensor? guidance, Tensor? previous, int rule,"
     " bool guide_scale, bool guide_mean, bool softplus, float soft_clip) -> (Tensor x, Tensor statistics)",
+    "flow_pack": "(Tensor weight, Tensor(a!) packed, SymInt offset) -> ()",
     "flow_window": f"(Tensor tokens, {_FLOW}, Tensor lo, Tensor hi, SymInt width, float eps) -> Tensor",
     "flow_sequential": f"(Tensor(c!) tokens, {_FLOW}, Tensor z, Tensor? guidance, SymInt begin, int rule,"
     " bool guide_scale, bool guide_mean, bool softplus, float soft_clip, float clamp, float eps) -> Tensor",

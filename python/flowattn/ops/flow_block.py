@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch.utils import _pytree
 
 from flowattn import checks
 
@@ -81,11 +80,19 @@ class FlowBlock(NamedTuple):
 
     def tensors(self):
         """All weights, in a fixed order."""
-        return [x for x in _pytree.tree_leaves(self[1:]) if isinstance(x, torch.Tensor)]
+        return list(_tensors(self[1:]))
 
     def weight_numbers(self):
-        """W of the cost model: numbers that a decode step reads."""
-        return sum(x.numel() for x in _pytree.tree_leaves((self.proj_in, self.layers, self.proj_out)) if x is not None)
+        """W of the cost model: the numbers that a decode step reads."""
+        return sum(x.numel() for x in _tensors((self.proj_in, self.layers, self.proj_out)))
+
+
+def _tensors(tree):
+    for part in tree:
+        if isinstance(part, torch.Tensor):
+            yield part
+        elif isinstance(part, tuple):
+            yield from _tensors(part)
 
 
 def block_of(name, block):

@@ -160,8 +160,9 @@ def flow_inverse(
         guidance_what=guidance_what, anneal=anneal, attn_temp_uncond=attn_temp_uncond, clamp=clamp,
         on_nonfinite=on_nonfinite, cache=cache,
     )  # fmt: skip
-    given = (z, cond, cond_uncond, prefix, prefix_uncond, call.guidance, call.known, *block.tensors())
-    wants_grad = checks.needs_grad(*given)
+    wants_grad = torch.is_grad_enabled() and checks.needs_grad(
+        z, cond, cond_uncond, prefix, prefix_uncond, call.guidance, call.known, *block.tensors()
+    )
     with torch.no_grad():
         x, info = _solve(block, call)
     logdet = None

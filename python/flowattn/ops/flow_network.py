@@ -13,7 +13,7 @@ from flowattn._library import op
 from flowattn.reference import flow_affine
 from flowattn.reference import flow_inverse as reference
 
-_window, _sequential = op("flow_window"), op("flow_sequential")
+_pack, _window, _sequential = op("flow_pack"), op("flow_window"), op("flow_sequential")
 _PANEL = 64  # kFlowPanel in csrc/cpu/flow_inverse.h
 _NAME = "flow_inverse"
 
@@ -99,16 +99,32 @@ class ReferenceNetwork(Network):
             return reference.window(self.block, tokens, self.conditions, self.keys, self.values, steps, valid, used)
 
 
-def _linear(layer):
-    """A product as its panels (columns / 64, depth, 64), zeros behind the last column, and its bias."""
-    columns, depth = layer.weight.shape
-    weight = torch.nn.functional.pad(layer.weight, (0, 0, 0, -columns % _PANEL))
-    panels = weight.view(-1, _PANEL, depth).transpose(1, 2)
-    return [panels, weight.new_zeros(columns) if layer.bias is None else layer.bias]
+class _Packed:
+    """Weights as the kernel reads them, in the order of csrc/cpu/flow_inverse.cpp: products as panels of 64 columns,
+    each (depth, 64), biases and norms one after the other."""
 
+    def __init__(self, work):
+        self.work, self.products, self.vectors = work, [], []
 
-def _norm(norm):
-    return [] if norm is None else [norm.weight, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias]
+    def linear(self, layer):
+        self.products.append(layer.weight.detach())
+        columns = layer.weight.shape[0]
+        self.vectors.append(layer.weight.new_zeros(columns) if layer.bias is None else layer.bias.detach())
+
+    def norm(self, norm):
+        if norm is not None:
+            weight = norm.weight.detach()
+            self.vectors += [weight, torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()]
+
+    def tensors(self):
+        sizes = [-(-w.shape[0] // _PANEL) * _PANEL * w.shape[1] for w in self.products]
+        packed, offset = torch.empty(sum(sizes), dtype=self.work), 0
+        for weight, size in zip(self.products, sizes):
+            if torch.float64 in (self.work, weight.dtype):
+                weight = weight.to(self.work)
+            _pack(weight.contiguous(), packed, offset)
+            offset += size
+        return packed, torch.cat([vector.to(self.work) for vector in self.vectors])
 
 
 class NativeNetwork(Network):
@@ -116,26 +132,27 @@ class NativeNetwork(Network):
 
     def __init__(self, block, z, conditions, cache=None):
         super().__init__(block, z, conditions, cache)
-        parts = _linear(block.proj_in)
+        spec, first, work = block.spec, block.layers[0], z.dtype
+        packed = _Packed(work)
+        packed.linear(block.proj_in)
         for layer in block.layers:
-            parts += _norm(layer.norm1) + _linear(layer.qkv) + _norm(layer.q_norm) + _norm(layer.k_norm)
-            parts += _linear(layer.proj) + _norm(layer.post1) + _norm(layer.norm2)
-            parts += [] if layer.gate is None else _linear(layer.gate)
-            parts += _linear(layer.up) + _linear(layer.down) + _norm(layer.post2)
-        parts += _norm(block.final_norm) + _linear(block.proj_out)
-        spec, layer, work = block.spec, block.layers[0], z.dtype
-        # CONFIG: enum Config in csrc/cpu/flow_inverse.cpp
+            packed.norm(layer.norm1), packed.linear(layer.qkv), packed.norm(layer.q_norm), packed.norm(layer.k_norm)
+            packed.linear(layer.proj), packed.norm(layer.post1), packed.norm(layer.norm2)
+            if layer.gate is not None:
+                packed.linear(layer.gate)
+            packed.linear(layer.up), packed.linear(layer.down), packed.norm(layer.post2)
+        packed.norm(block.final_norm), packed.linear(block.proj_out)
+        # enum Config in csrc/cpu/flow_inverse.cpp
         config = [block.width, block.features, block.proj_out.weight.shape[0], spec.heads, spec.kv_heads, spec.head_dim]
-        config += [layer.up.weight.shape[0], len(block.layers), spec.norm == "rms", spec.mlp == "gated"]
-        config += [layer.q_norm is not None, layer.post1 is not None, block.final_norm is not None, block.first]
-        weights = torch.cat([part.detach().to(work).reshape(-1) for part in parts])
+        config += [first.up.weight.shape[0], len(block.layers), spec.norm == "rms", spec.mlp == "gated"]
+        config += [first.q_norm is not None, first.post1 is not None, block.final_norm is not None, block.first]
 
         def dense(x):
             return None if x is None else x.detach().to(work).contiguous()
 
         rope = None if block.rope is None else dense(torch.stack([part[: self.slots] for part in block.rope]))
         self.arguments = (
-            weights, torch.tensor(config), dense(conditions.positions), dense(conditions.cond),
+            *packed.tensors(), torch.tensor(config), dense(conditions.positions), dense(conditions.cond),
             dense(conditions.prefix), rope, dense(block.start), dense(conditions.scale), self.keys, self.values,
         )  # fmt: skip
 
