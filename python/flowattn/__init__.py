@@ -4,6 +4,7 @@ from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import RelativeBias
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
+from flowattn.ops.fixed_point_inverse import fixed_point_inverse
 from flowattn.ops.flow_affine import flow_affine_forward, flow_affine_inverse
 from flowattn.ops.flow_inverse import InverseInfo, flow_forward, flow_inverse
 from flowattn.ops.flow_solvers import InverseStatus
@@ -31,6 +32,7 @@ __all__ = [
     "bias_gelu",
     "bias_residual_layer_norm",
     "explain",
+    "fixed_point_inverse",
     "flow_affine_forward",
     "flow_affine_inverse",
     "flow_forward",

@@ -169,7 +169,8 @@ def flow_inverse(
     if (wants_grad or return_logdet) and block.steps(z.shape[1]) and z.shape[0]:
         with torch.autocast(z.device.type, enabled=False):
             if wants_grad:
-                x = implicit.attach(x, lambda u: _once(block, call, u)[0], info.status, info.residual, _INVERSE)
+                solved = (info.status, info.residual, _INVERSE, z.shape[1])
+                x = implicit.attach(x, lambda u: _once(block, call, u)[0], *solved)
             if return_logdet:
                 logdet = _once(block, call, x)[1]
     if wants_grad and not x.requires_grad:  # an identity

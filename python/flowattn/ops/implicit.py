@@ -7,12 +7,12 @@ import torch
 _warned = set()
 
 
-def attach(x, once, status, residual, name):
-    """x (B, T, D) with a gradient: x solves x = once(x), and `once` is differentiable in x and all it is made of.
+def attach(x, once, status, residual, name, sweeps):
+    """x (B, ...) with a gradient: x solves x = once(x), and `once` is differentiable in x and all it is made of.
 
     With g = dL/dx, the gradient of once's other arguments is their vector-Jacobian product with lam, where
     lam = g + (dG/dx)^T lam. dG/dx is strictly triangular in the order of the tokens, so that repeating this converges
-    in at most as many sweeps as tokens, from the last token on. One graph of `once` serves all of them.
+    in at most `sweeps` of them, the length of a chain of dependences, from the last token on. One graph of `once` serves all of them.
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -26,7 +26,7 @@ def attach(x, once, status, residual, name):
             return grad
         small = 1e-13 if grad.dtype == torch.float64 else 1e-6
         lam = grad
-        for _ in range(leaf[0].numel() if leaf.dim() == 2 else leaf.shape[1]):
+        for _ in range(sweeps):
             (moved,) = torch.autograd.grad(out, leaf, lam, retain_graph=True)
             new = grad + moved
             done = (new - lam).abs().amax() <= small * new.abs().amax()
