@@ -225,8 +225,9 @@ class Runner {
   void attention(const FlowPass& pass, int64_t number) {
     tiles_.clear();  // begins of runs of consecutive steps
     for (int64_t i = 0; i < pass.count; ++i) {
-      const bool next = i > 0 && i - tiles_.back() < kFlowTile && pass.rows[i].row == pass.rows[i - 1].row &&
-                        pass.rows[i].step == pass.rows[i - 1].step + 1;
+      const FlowRow& row = pass.rows[i];
+      const bool next = i > 0 && (row.step + net_.prefix) % kFlowTile != 0 && row.row == pass.rows[i - 1].row &&
+                        row.step == pass.rows[i - 1].step + 1;
       if (!next) tiles_.push_back(i);
     }
     const int64_t tiles = tiles_.size();

@@ -8,7 +8,7 @@
 namespace flowattn {
 
 constexpr int64_t kFlowPanel = 64;  // columns of a product that lie together in the packed weights
-constexpr int64_t kFlowTile = 8;    // consecutive steps of a sample that share one pass over keys and values
+constexpr int64_t kFlowTile = 8;    // slots; the steps of a sample in one such run share a pass over keys and values
 
 // Offsets into the weights, where a product is its panels, each (depth, kFlowPanel), and into the vectors: its bias; a
 // norm is its weight, and then its bias. -1: absent.
@@ -66,7 +66,8 @@ FA_ISA_DECLARE(void flow_product(const FlowPass& pass, const FlowProduct& produc
                                  FlowEpilogue epilogue, int64_t begin, int64_t end, int64_t panel))
 // Queries made ready in place, keys and values put into the cache.
 FA_ISA_DECLARE(void flow_store_keys(const FlowPass& pass, int64_t layer, int64_t begin, int64_t end))
-// Rows begin..end, at most kFlowTile consecutive steps of one sample, into `work`; scratch: kFlowTile * slots numbers.
+// Rows begin..end, consecutive steps of one sample in one tile of slots, into `work`; scratch: kFlowTile * slots
+// numbers.
 FA_ISA_DECLARE(void flow_attend(const FlowPass& pass, int64_t layer, int64_t head, int64_t begin, int64_t end,
                                 void* scratch))
 // u = z sigma + mu of one token.

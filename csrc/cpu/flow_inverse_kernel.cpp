@@ -173,11 +173,13 @@ void attend(const FlowPass& pass, int64_t number, int64_t head, int64_t begin, i
   T* out = at<T>(pass.work, begin * out_pitch + head * d);
   gemm<T>(rows, first + rows - 1, d, q, pitch, 1, keys, net.slots, scores, net.slots, false);
   for (int64_t r = 0; r < rows; ++r) softmax_row(scores + r * net.slots, first + r);
-  // Values that a row must not see are never multiplied: 0 times an infinity or NaN there would be NaN.
-  gemm<T>(rows, d, first, scores, net.slots, 1, values, d, out, out_pitch, false);
-  for (int64_t r = 1; r < rows; ++r) {
-    gemm<T>(1, d, r, scores + r * net.slots + first, net.slots, 1, values + first * d, d, out + r * out_pitch,
-            out_pitch, true);
+  // Values that a row must not see are never multiplied: 0 times an infinity or NaN there would be NaN. Each row sums
+  // the slots before the tile and then its own, so that no bit depends on which rows share the tile.
+  const int64_t before = (first - 1) / kFlowTile * kFlowTile;
+  if (before > 0) gemm<T>(rows, d, before, scores, net.slots, 1, values, d, out, out_pitch, false);
+  for (int64_t r = 0; r < rows; ++r) {
+    gemm<T>(1, d, first + r - before, scores + r * net.slots + before, net.slots, 1, values + before * d, d,
+            out + r * out_pitch, out_pitch, before > 0);
   }
 }
 

@@ -114,6 +114,7 @@ class CausalFlowBlock(nn.Module):
         if self.class_embed is None:
             return None
         table = self.class_embed.squeeze(1)
+        table = table.to(checks.state_dtype(table))  # half types would round the mean
         mean = table.mean(0)
         if labels is None:
             return mean.expand(batch, -1)

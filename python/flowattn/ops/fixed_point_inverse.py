@@ -17,8 +17,8 @@ def fixed_point_inverse(
 ):
     """Solve x = z exp(a(x)) + m(x) where a and m of a feature depend on earlier features only: x by repeated passes.
 
-    Shapes: z (B, D) or (B, T, D); params_fn(x) -> (a, m), both of the shape of x, for x of the shape of z. x is returned
-        in that shape too. Dtypes: z float32 or float64, or half types, for which x is computed in float32.
+    Shapes: z (B, D) or (B, T, D); params_fn(x) -> (a, m), both of the shape of x, for x of the shape of z. Returns
+        x in that shape. Dtypes: z float32 or float64, or half types, for which x is computed in float32.
     params_fn: any callable, a masked autoregressive net for example. A flow written the other way round,
         z = exp(s) x + t, has a = -s and m = -t exp(-s).
     groups: how many passes are exact whatever the start: the length of the longest chain of dependences; by default the
@@ -27,8 +27,8 @@ def fixed_point_inverse(
         feature moves by more than atol + rtol max|x|; 1e-5 each (1e-12 for float64). Every sample stops by itself.
     return_info: also an InverseInfo. A sample with a feature that is not finite at the end is NaN and NONFINITE; while
         iterates overflow, the finite features before them are kept and go on.
-    Gradients: z and whatever params_fn's results depend on, by the implicit function theorem, at the memory of one pass.
-        No double backward. Host sync: as flow_inverse.
+    Gradients: z and whatever params_fn's results depend on, by the implicit function theorem, at the memory of one
+        pass. No double backward. Host sync: as flow_inverse.
     Source: Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving (2021).
 
     >>> shift = lambda x: (torch.zeros_like(x), torch.nn.functional.pad(x[:, :-1], (1, 0)))
@@ -60,9 +60,8 @@ def fixed_point_inverse(
     with torch.no_grad():
         start = {"zero": torch.zeros_like(work), "z": work}.get(guess) if isinstance(guess, str) else guess.to(work)
         x, info = _iterate(once, start, sweeps, exact, atol, rtol)
-    if torch.is_grad_enabled() and z.numel():
-        attached = implicit.attach(x, lambda u: once(u)[0], info.status, info.residual, _NAME, exact)
-        x = attached if attached.requires_grad else x
+    if torch.is_grad_enabled() and z.numel() and (z.requires_grad or once(x)[0].requires_grad):
+        x = implicit.attach(x, lambda u: once(u)[0], info.status, info.residual, _NAME, exact)
     x = x.to(z.dtype)
     return (x, info) if return_info else x
 
@@ -71,8 +70,8 @@ def _iterate(once, x, sweeps, exact, atol, rtol):
     batch, zero = x.shape[0], x.new_zeros(x.shape[0])
     count = torch.zeros(batch, dtype=torch.int64, device=x.device)
     active, update, residual, highest, bad = count == 0, zero, zero, zero - torch.inf, count > 0
-    poll, done, wide = _Poll(x.device), 0, (batch,) + (1,) * (x.dim() - 1)
-    for done in range(1, sweeps + 1):
+    poll, wide = _Poll(x.device), (batch,) + (1,) * (x.dim() - 1)
+    for _ in range(sweeps):
         new, found = once(x, x)
         size, moved, left = (found[..., c].amax(1) for c in (columns.SIZE, columns.UPDATE, columns.RESIDUAL))
         wrong = found[..., columns.NOT_FINITE].sum(1) > 0
@@ -86,8 +85,6 @@ def _iterate(once, x, sweeps, exact, atol, rtol):
             break
     capped = active & (count < exact)
     status = torch.where(capped, InverseStatus.CAP_REACHED.value, InverseStatus.CONVERGED.value)
-    if sweeps < exact and not done:
-        status = torch.full_like(status, InverseStatus.CAP_REACHED.value)
     lost = bad | ~x.isfinite().flatten(1).all(1)
     status = torch.where(lost, InverseStatus.NONFINITE.value, status)
     x = x.masked_fill(lost.view(wide), float("nan"))

@@ -66,7 +66,7 @@ def flow_forward(x, block, *, permutation=None, cond=None, prefix=None, logdet_r
     rule = f"logdet_reduction must be one of {flow_affine.REDUCTIONS}"
     checks.require(logdet_reduction in flow_affine.REDUCTIONS, _FORWARD, rule, repr(logdet_reduction))
     work = x.to(checks.state_dtype(x))
-    ordered = flow_block.permute(work, permutation)
+    ordered = flow_block.permute(work, permutation).contiguous()
     conditions = flow_block.conditions(_FORWARD, block, work, permutation, cond, None, prefix, None, 1.0, False)
     if block.steps(x.shape[1]) == 0 or x.shape[0] == 0:
         z, logdet = ordered, work.new_zeros(x.shape[:2])
@@ -331,9 +331,9 @@ def _finish(x, info, first, call):
 def _overflowed(x, permutation, info):
     """A float16 result may be infinite where the float32 one is not."""
     bad = ~flow_block.permute(x.detach(), permutation).isfinite().all(-1)
-    found = bad.any(1) & (info.status != InverseStatus.NONFINITE)
-    first_bad = torch.where(found, bad.int().argmax(1) if x.shape[1] else info.first_bad, info.first_bad)
-    return info._replace(status=torch.where(found, InverseStatus.NONFINITE.value, info.status), first_bad=first_bad)
+    first = bad.int().argmax(1) if x.shape[1] else info.first_bad
+    status = torch.where(bad.any(1), InverseStatus.NONFINITE.value, info.status)
+    return info._replace(status=status, first_bad=torch.where(bad.any(1), first, info.first_bad))
 
 
 def _once(block, call, u):

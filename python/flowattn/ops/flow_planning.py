@@ -144,7 +144,7 @@ def _ordered(block, x, permutation):
     block = flow_block.block_of("igm", block)
     flow_block.check_block("igm", block, x)
     permutation = flow_block.permutation_of("igm", permutation, x)
-    return block, flow_block.permute(x.to(checks.state_dtype(x)), permutation), permutation
+    return block, flow_block.permute(x.to(checks.state_dtype(x)), permutation).contiguous(), permutation
 
 
 def _norm(maps, mean_of_norms):

@@ -12,7 +12,7 @@ def attach(x, once, status, residual, name, sweeps):
 
     With g = dL/dx, the gradient of once's other arguments is their vector-Jacobian product with lam, where
     lam = g + (dG/dx)^T lam. dG/dx is strictly triangular in the order of the tokens, so that repeating this converges
-    in at most `sweeps` of them, the length of a chain of dependences, from the last token on. One graph of `once` serves all of them.
+    in at most `sweeps` of them, the length of a chain of dependences. One graph of `once` serves them all.
     """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
