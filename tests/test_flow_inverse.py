@@ -404,22 +404,32 @@ def test_cache_serves_several_calls(place):
         fa.flow_inverse(noise(place, 5), block, cache=cache)
 
 
-@torch.no_grad()
-def test_threads_change_no_bit(native):
-    block, z = block_of(0.02, channels=128, layers_per_block=1), noise("cpu", 5)
-    results = []
-    threads = torch.get_num_threads()
+def all_bits(block, z, **options):
+    """Results for one, two and three threads, which must be the same to the last bit."""
+    results, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append([fa.flow_inverse(z, block, method=m) for m in ("sequential", "jacobi")])
+            results.append([fa.flow_inverse(z, block, method=m, **options) for m in ("sequential", "jacobi")])
     finally:
         torch.set_num_threads(threads)
     assert results[0][0].isfinite().all()
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
-    for method, whole in zip(("sequential", "jacobi"), results[0]):  # nor does the batch
+    return results[0]
+
+
+@torch.no_grad()
+def test_threads_change_no_bit(native):
+    block, z = block_of(0.02, channels=128, layers_per_block=1), noise("cpu", 5)
+    for method, whole in zip(("sequential", "jacobi"), all_bits(block, z)):  # nor does the batch
         assert torch.equal(fa.flow_inverse(z[2:3], block, method=method)[0], whole[2])
+    torch.manual_seed(0)  # one sample of many steps: the threads share its rows
+    block = toy(0.02, channels=128, layers_per_block=1).blocks[0].flow_block()._replace(positions=None)
+    all_bits(block, noise("cpu", 1, tokens=300), max_sweeps=2)
+    options = {"norm": "rms", "qk_norm": True, "post_norm": True, "mlp": "gated", "kv_heads": 2}
+    star = toy_star(0.02, layers=(2,), **options).blocks[0].flow_block()._replace(rope=None)
+    all_bits(star, noise("cpu", 1, tokens=70, features=3), max_sweeps=2)
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ const void* data_of(const char* name, const MaybeTensor& x, const Tensor& like, 
 struct Network {
   FlowNetwork net{};
   std::vector<FlowLayerWeights> layers;
-  int64_t element, work_width, qkv_width;
+  int64_t element, qkv_width;
 
   Network(const Tensor& tokens, const Tensor& weights, const Tensor& vectors, const Tensor& config,
           const MaybeTensor& positions, const MaybeTensor& cond, const MaybeTensor& prefix, const MaybeTensor& rope,
@@ -92,7 +92,6 @@ struct Network {
     net.rms = c[kRms], net.gated = c[kGated], net.eps = eps, net.first = c[kFirst];
     net.batch = tokens.size(0), net.tokens = tokens.size(1);
     qkv_width = (net.heads + 2 * net.kv_heads) * net.head_dim;
-    work_width = std::max(net.width, net.heads * net.head_dim);
     data_of("tokens", tokens, tokens, net.batch * net.tokens * net.features);
 
     Packed packed;
@@ -147,13 +146,15 @@ struct Network {
   }
 };
 
-// Numbers of a pass's buffers, and of the scratch memory of one attention item.
+// Numbers of a pass's buffers.
 int64_t pass_numbers(const Network& network, int64_t rows) {
   const FlowNetwork& net = network.net;
-  return rows * (net.width + network.work_width + std::max(network.qkv_width, net.width) + net.hidden + net.outputs);
+  return rows * (3 * net.width + network.qkv_width + net.heads * net.head_dim + net.hidden + net.outputs);
 }
 
-// Takes rows, ascending in the steps of each sample, through the network. `serial`: within one thread.
+// Takes rows, ascending in the steps of each sample, through the network. Three ways: `serial`, within one thread; many
+// rows shared between the threads, which meet once a layer, since only keys and values tie rows together; few rows, of
+// which the threads share every product.
 class Runner {
  public:
   Runner(const Network& network, bool serial, int64_t rows, void* memory)
@@ -172,84 +173,107 @@ class Runner {
       next += rows_ * width * network_.element;
       return begin;
     };
-    pass.hidden = buffer(net_.width), pass.work = buffer(network_.work_width);
-    pass.qkv = buffer(std::max(network_.qkv_width, net_.width));
+    pass.hidden = buffer(net_.width), pass.work = buffer(net_.width), pass.added = buffer(net_.width);
+    pass.qkv = buffer(network_.qkv_width), pass.attended = buffer(net_.heads * net_.head_dim);
     pass.wide = buffer(net_.hidden), pass.out = buffer(net_.outputs);
-    scratch_ = next;
-    over_rows(count, net_.width * net_.features,
-              [&](int64_t begin, int64_t end) { FA_ISA_CALL(flow_embed, pass, tokens, begin, end); });
-    for (int64_t number = 0; number < net_.layers; ++number) layer(pass, number);
-    const void* last = pass.hidden;
-    if (net_.final_norm >= 0) norm(pass, net_.final_norm, pass.hidden, pass.work, false), last = pass.work;
-    product(pass, net_.proj_out, last, pass.out, FlowEpilogue::kStore);
+    find_tiles(pass);
+    const int64_t tiles = tiles_.size() - 1, threads = serial_ ? 1 : torch::stable::get_num_threads();
+    const int64_t groups = std::min(2 * threads, tiles), scratch_bytes = kFlowTile * net_.slots * network_.element;
+    if (threads == 1 || groups < threads || count < 2 * kFlowTile) {
+      const Span whole{pass, 0, tiles, 0, count, threads == 1, next};
+      for (int64_t stage = 0; stage <= net_.layers; ++stage) run_stage(whole, tokens, stage);
+      return pass;
+    }
+    const double work = network_.multiply_adds() * count / net_.layers;
+    for (int64_t stage = 0; stage <= net_.layers; ++stage) {
+      parallel_items(groups, work, scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
+        const int64_t from = begin * tiles / groups, to = end * tiles / groups;
+        run_stage({pass, from, to, tiles_[from], tiles_[to], true, scratch}, tokens, stage);
+      });
+    }
     return pass;
   }
 
  private:
-  void layer(const FlowPass& pass, int64_t number) {
-    const FlowLayerWeights& weights = net_.layer[number];
-    norm(pass, weights.norm1, pass.hidden, pass.work, false);
-    product(pass, weights.qkv, pass.work, pass.qkv, FlowEpilogue::kStore);
-    over_rows(pass.count, 4 * network_.qkv_width,
-              [&](int64_t begin, int64_t end) { FA_ISA_CALL(flow_store_keys, pass, number, begin, end); });
-    attention(pass, number);
-    residual(pass, weights.proj, weights.post1, pass.work);
-    norm(pass, weights.norm2, pass.hidden, pass.work, false);
-    if (net_.gated) product(pass, weights.gate, pass.work, pass.wide, FlowEpilogue::kGeluTanh);
-    product(pass, weights.up, pass.work, pass.wide, net_.gated ? FlowEpilogue::kMultiply : FlowEpilogue::kGelu);
-    residual(pass, weights.down, weights.post2, pass.wide);
+  // Some rows of a pass, which are whole tiles; `serial`: within the calling thread.
+  struct Span {
+    const FlowPass& pass;
+    int64_t first_tile, last_tile, begin, end;
+    bool serial;
+    void* scratch;
+  };
+
+  // All between two reads of other rows' keys and values: the end of layer stage - 1 and the begin of layer `stage`.
+  void run_stage(const Span& span, const void* tokens, int64_t stage) {
+    const FlowPass& pass = span.pass;
+    if (stage == 0) {
+      FA_ISA_CALL(flow_embed, pass, tokens, span.begin, span.end);
+    } else {
+      const FlowLayerWeights& weights = net_.layer[stage - 1];
+      attention(span, stage - 1);
+      residual(span, weights.proj, weights.post1, pass.attended);
+      norm(span, weights.norm2, pass.hidden, pass.work, false);
+      if (net_.gated) product(span, weights.gate, pass.work, pass.wide, FlowEpilogue::kGeluTanh);
+      product(span, weights.up, pass.work, pass.wide, net_.gated ? FlowEpilogue::kMultiply : FlowEpilogue::kGelu);
+      residual(span, weights.down, weights.post2, pass.wide);
+    }
+    if (stage < net_.layers) {
+      norm(span, net_.layer[stage].norm1, pass.hidden, pass.work, false);
+      product(span, net_.layer[stage].qkv, pass.work, pass.qkv, FlowEpilogue::kStore);
+      FA_ISA_CALL(flow_store_keys, pass, stage, span.begin, span.end);
+    } else {
+      if (net_.final_norm >= 0) norm(span, net_.final_norm, pass.hidden, pass.work, false);
+      product(span, net_.proj_out, net_.final_norm >= 0 ? pass.work : pass.hidden, pass.out, FlowEpilogue::kStore);
+    }
   }
 
   // hidden += post(x W + b)
-  void residual(const FlowPass& pass, const FlowProduct& weights, int64_t post, const void* x) {
-    if (post < 0) return product(pass, weights, x, pass.hidden, FlowEpilogue::kAdd);
-    product(pass, weights, x, pass.qkv, FlowEpilogue::kStore);  // queries are done with
-    norm(pass, post, pass.qkv, pass.hidden, true);
+  void residual(const Span& span, const FlowProduct& weights, int64_t post, const void* x) {
+    const FlowPass& pass = span.pass;
+    if (post < 0) return product(span, weights, x, pass.hidden, FlowEpilogue::kAdd);
+    product(span, weights, x, pass.added, FlowEpilogue::kStore);
+    norm(span, post, pass.added, pass.hidden, true);
   }
 
-  void norm(const FlowPass& pass, int64_t weights, const void* x, void* y, bool add) {
-    over_rows(pass.count, 8 * net_.width, [&](int64_t begin, int64_t end) {
-      FA_ISA_CALL(flow_norm, pass, weights, net_.width, x, y, add, begin, end);
+  void norm(const Span& span, int64_t weights, const void* x, void* y, bool add) {
+    FA_ISA_CALL(flow_norm, span.pass, weights, net_.width, x, y, add, span.begin, span.end);
+  }
+
+  void product(const Span& span, const FlowProduct& weights, const void* x, void* y, FlowEpilogue epilogue) {
+    const int64_t rows = span.end - span.begin, panels = (weights.columns + kFlowPanel - 1) / kFlowPanel;
+    const int64_t tiles = (rows + kProductRows - 1) / kProductRows;
+    each(span, panels * tiles, double(rows) * weights.columns * weights.depth, 0, [&](int64_t item, void*) {
+      const int64_t begin = span.begin + item / panels * kProductRows, end = std::min(begin + kProductRows, span.end);
+      FA_ISA_CALL(flow_product, span.pass, weights, x, y, epilogue, begin, end, item % panels);
     });
   }
 
-  void product(const FlowPass& pass, const FlowProduct& weights, const void* x, void* y, FlowEpilogue epilogue) {
-    const int64_t panels = (weights.columns + kFlowPanel - 1) / kFlowPanel;
-    const int64_t tiles = (pass.count + kProductRows - 1) / kProductRows;
-    each(panels * tiles, double(pass.count) * weights.columns * weights.depth, 0, [&](int64_t item, void*) {
-      const int64_t begin = item / panels * kProductRows, end = std::min(begin + kProductRows, pass.count);
-      FA_ISA_CALL(flow_product, pass, weights, x, y, epilogue, begin, end, item % panels);
+  void attention(const Span& span, int64_t number) {
+    const double work = 2.0 * (span.end - span.begin) * net_.heads * net_.head_dim * net_.slots;
+    const int64_t items = (span.last_tile - span.first_tile) * net_.heads;
+    each(span, items, work, kFlowTile * net_.slots * network_.element, [&](int64_t item, void* scratch) {
+      const int64_t tile = span.first_tile + item / net_.heads, head = item % net_.heads;
+      FA_ISA_CALL(flow_attend, span.pass, number, head, tiles_[tile], tiles_[tile + 1], scratch);
     });
   }
 
-  void attention(const FlowPass& pass, int64_t number) {
-    tiles_.clear();  // begins of runs of consecutive steps
+  // Begins of the runs of consecutive steps within a tile of slots, and the end of the last.
+  void find_tiles(const FlowPass& pass) {
+    tiles_.clear();
     for (int64_t i = 0; i < pass.count; ++i) {
       const FlowRow& row = pass.rows[i];
       const bool next = i > 0 && (row.step + net_.prefix) % kFlowTile != 0 && row.row == pass.rows[i - 1].row &&
                         row.step == pass.rows[i - 1].step + 1;
       if (!next) tiles_.push_back(i);
     }
-    const int64_t tiles = tiles_.size();
     tiles_.push_back(pass.count);
-    const double work = 2.0 * pass.count * net_.heads * net_.head_dim * net_.slots;
-    each(tiles * net_.heads, work, kFlowTile * net_.slots * network_.element, [&](int64_t item, void* scratch) {
-      const int64_t tile = item / net_.heads, head = item % net_.heads;
-      FA_ISA_CALL(flow_attend, pass, number, head, tiles_[tile], tiles_[tile + 1], scratch);
-    });
   }
 
   template <typename Run>
-  void over_rows(int64_t rows, double work_of_row, const Run& run) {
-    if (serial_) return run(0, rows);
-    parallel_items(rows, rows * work_of_row, 0, [&](int64_t begin, int64_t end, void*) { run(begin, end); });
-  }
-
-  template <typename Run>
-  void each(int64_t items, double work, int64_t scratch_bytes, const Run& run) {
+  void each(const Span& span, int64_t items, double work, int64_t scratch_bytes, const Run& run) {
     constexpr double kTooLittle = 1 << 18;  // below this a second thread does not pay, nor does asking for scratch
-    if (serial_ || work < kTooLittle) {
-      for (int64_t i = 0; i < items; ++i) run(i, scratch_);
+    if (span.serial || work < kTooLittle) {
+      for (int64_t i = 0; i < items; ++i) run(i, span.scratch);
       return;
     }
     parallel_items(items, work, scratch_bytes, [&](int64_t begin, int64_t end, void* scratch) {
@@ -260,7 +284,7 @@ class Runner {
   const Network& network_;
   const FlowNetwork& net_;
   const bool serial_;
-  std::byte *memory_, *scratch_ = nullptr;
+  std::byte* const memory_;
   const int64_t rows_;
   std::vector<int64_t> tiles_;
 };

@@ -42,12 +42,14 @@ struct FlowRow {
   int64_t row, sample, step;
 };
 
-// What some rows go through the layers with; every buffer has a row for each.
+// What some rows go through the layers with. Every buffer has one meaning and so one row length, since threads at
+// different places in a layer use it side by side.
 struct FlowPass {
   const FlowNetwork* net;
   const FlowRow* rows;
   int64_t count;
-  void *hidden, *work, *qkv, *wide, *out;  // (width), (max of width and heads * head_dim), ..., (net.hidden), (outputs)
+  void *hidden, *work, *added;        // (width): residual stream, its norm, what a post-norm takes
+  void *qkv, *attended, *wide, *out;  // ((heads + 2 kv_heads) d), (heads d), (net.hidden), (outputs)
 };
 
 enum class FlowEpilogue { kStore, kAdd, kGelu, kGeluTanh, kMultiply };
@@ -66,7 +68,7 @@ FA_ISA_DECLARE(void flow_product(const FlowPass& pass, const FlowProduct& produc
                                  FlowEpilogue epilogue, int64_t begin, int64_t end, int64_t panel))
 // Queries made ready in place, keys and values put into the cache.
 FA_ISA_DECLARE(void flow_store_keys(const FlowPass& pass, int64_t layer, int64_t begin, int64_t end))
-// Rows begin..end, consecutive steps of one sample in one tile of slots, into `work`; scratch: kFlowTile * slots
+// Rows begin..end, consecutive steps of one sample in one tile of slots, into `attended`; scratch: kFlowTile * slots
 // numbers.
 FA_ISA_DECLARE(void flow_attend(const FlowPass& pass, int64_t layer, int64_t head, int64_t begin, int64_t end,
                                 void* scratch))

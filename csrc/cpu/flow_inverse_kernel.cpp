@@ -170,7 +170,7 @@ void attend(const FlowPass& pass, int64_t number, int64_t head, int64_t begin, i
   const T *keys = at<T>(net.keys, cache * d * net.slots), *values = at<T>(net.values, cache * net.slots * d);
   const int64_t pitch = (net.heads + 2 * net.kv_heads) * d, out_pitch = net.heads * d;
   const T* q = at<T>(pass.qkv, begin * pitch + head * d);
-  T* out = at<T>(pass.work, begin * out_pitch + head * d);
+  T* out = at<T>(pass.attended, begin * out_pitch + head * d);
   gemm<T>(rows, first + rows - 1, d, q, pitch, 1, keys, net.slots, scores, net.slots, false);
   for (int64_t r = 0; r < rows; ++r) softmax_row(scores + r * net.slots, first + r);
   // Values that a row must not see are never multiplied: 0 times an infinity or NaN there would be NaN. Each row sums
