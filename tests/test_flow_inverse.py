@@ -3,9 +3,10 @@
 import pytest
 import torch
 from flow_oracle import tarflow_params, toy, toy_star
+from torch.library import opcheck
 
 import flowattn as fa
-from flowattn.ops import flow_network
+from flowattn.ops import flow_block, flow_network
 from flowattn.ops.flow_inverse import BlockPlan
 
 backends = pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
@@ -430,6 +431,28 @@ def test_threads_change_no_bit(native):
     options = {"norm": "rms", "qk_norm": True, "post_norm": True, "mlp": "gated", "kv_heads": 2}
     star = toy_star(0.02, layers=(2,), **options).blocks[0].flow_block()._replace(rope=None)
     all_bits(star, noise("cpu", 1, tokens=70, features=3), max_sweeps=2)
+
+
+@torch.no_grad()
+def test_opcheck(native):
+    ops, block, z = torch.ops.flowattn, block_of(0.05), noise("cpu")
+    none = flow_block.conditions("test", block.flow_block(), z, None, None, None, None, None, 1.0, False)
+    network = flow_network.NativeNetwork(block.flow_block(), z, none)
+    lo, hi = torch.tensor([0, 2, 5]), torch.tensor([4, 6, 5])
+    network.keys.zero_(), network.values.zero_()
+    opcheck(ops.flow_window.default, (z.clone(), *network.arguments, lo, hi, 4, 16, 1e-5))
+    options = (z, None, 0, 0, True, True, False, 0.0, 0.0, 1e-5)
+    opcheck(ops.flow_sequential.default, (z.clone(), *network.arguments, *options))
+    opcheck(ops.flow_pack.default, (torch.randn(70, 5), torch.zeros(128 * 5), 0))
+
+
+def test_forward_compiles_without_graph_breaks(native):
+    model, x = toy(0.05), torch.randn(2, 2, 8, 8)
+    compiled = torch.compile(lambda x: model.loss(x), fullgraph=True, backend="aot_eager")
+    weights = list(model.parameters())
+    got, expected = (torch.autograd.grad(f(x), weights, allow_unused=True) for f in (compiled, model.loss))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ SCHEMAS = {
     "flow_affine_inv": "(Tensor z, Tensor params, Tensor? params_uncond, Tensor? guidance, Tensor? previous, int rule,"
     " bool guide_scale, bool guide_mean, bool softplus, float soft_clip) -> (Tensor x, Tensor statistics)",
     "flow_pack": "(Tensor weight, Tensor(a!) packed, SymInt offset) -> ()",
-    "flow_window": f"(Tensor tokens, {_FLOW}, Tensor lo, Tensor hi, SymInt width, float eps) -> Tensor",
+    "flow_window": f"(Tensor tokens, {_FLOW}, Tensor lo, Tensor hi, SymInt width, SymInt outputs, float eps) -> Tensor",
     "flow_sequential": f"(Tensor(c!) tokens, {_FLOW}, Tensor z, Tensor? guidance, SymInt begin, int rule,"
     " bool guide_scale, bool guide_mean, bool softplus, float soft_clip, float clamp, float eps) -> Tensor",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from flowattn import checks
-from flowattn._library import op
+from flowattn._library import fake, op
 from flowattn.reference import flow_affine
 from flowattn.reference import flow_inverse as reference
 
@@ -161,7 +161,9 @@ class NativeNetwork(Network):
         return part[: len(self.block.layers) * rows * spec.kv_heads * self.slots * spec.head_dim]
 
     def window(self, tokens, lo, hi, width):
-        return _window(tokens, *self.arguments, lo.contiguous(), hi.contiguous(), width, self.block.spec.eps)
+        outputs = self.block.proj_out.weight.shape[0]
+        eps = self.block.spec.eps
+        return _window(tokens, *self.arguments, lo.contiguous(), hi.contiguous(), width, outputs, eps)
 
     def sequential(self, tokens, z, guidance, begin, rule, what, clamp):
         """Overwrite the tokens of the steps from `begin` on; (B, 4) of csrc/cpu/flow_inverse.cpp."""
@@ -181,3 +183,19 @@ class NativeNetwork(Network):
             clamp or 0.0,
             spec.eps,
         )
+
+
+@fake("flow_pack")
+def _pack_fake(weight, packed, offset):
+    return None
+
+
+@fake("flow_window")
+def _window_fake(tokens, weights, vectors, config, positions, cond, prefix, rope, start, scale, keys, values, lo, hi,
+                 width, outputs, eps):  # fmt: skip
+    return tokens.new_empty((scale.shape[0], width, outputs))
+
+
+@fake("flow_sequential")
+def _sequential_fake(tokens, *rest):
+    return tokens.new_empty((tokens.shape[0], 4), dtype=torch.float64)
