@@ -54,7 +54,7 @@ def bits_per_dimension(model, data, draws=4):
     return (-nats.item() / pixels[0].numel() - math.log(2 / LEVELS)) / math.log(2)
 
 
-def train(model, seen, unseen, epochs):
+def train(model, seen, epochs):
     pixels, labels = seen
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-2)
     batches = len(pixels) // 128
@@ -139,7 +139,8 @@ def plot(path, samples, sweeps, times, crm, bits):
         places = [block + (i - 1.5) * 0.2 for block in blocks]
         axes[0, 1].bar(places, sweeps[method], 0.2, label=method)
     axes[0, 1].set(title=f"sweeps per block, batch {BATCHES[-1]}", xlabel="block", xticks=blocks)
-    axes[0, 1].legend()
+    axes[0, 1].set_ylim(0, 1.35 * max(max(sweeps[method]) for method in shown))  # room for the legend
+    axes[0, 1].legend(ncols=2)
     axes[1, 1].bar(blocks, crm, 0.6)
     axes[1, 1].set(title="share of the convergence-ranking metric [%]", xlabel="block", xticks=blocks)
     for axis, i, batch in zip(axes[:, 2], range(2), BATCHES):
@@ -163,7 +164,7 @@ def main():
         model.load_state_dict(torch.load(weights))
         print(f"weights from {weights}")
     else:
-        train(model, seen, unseen, arguments.epochs)
+        train(model, seen, arguments.epochs)
         torch.save(model.state_dict(), weights)
     model.eval()
     bits = [bits_per_dimension(model, data) for data in (seen, unseen)]

@@ -112,6 +112,11 @@ def test_no_double_backward():
         torch.autograd.grad(fa.flow_inverse(z, block).sum(), z, create_graph=True)
 
 
+def test_no_gradient_through_a_clamp():
+    with pytest.raises(NotImplementedError, match="flow_inverse: clamp has no gradient; got 3.0"):
+        fa.flow_inverse(torch.zeros(1, 5, 3, dtype=F64), small(), clamp=3.0)
+
+
 def test_gradient_away_from_a_solution_warns_once(monkeypatch):
     monkeypatch.setattr(implicit, "_warned", set())
     block, z = small(), torch.randn(1, 5, 3, dtype=F64, requires_grad=True)

@@ -1,5 +1,6 @@
 """One block of a Transformer autoregressive flow, data to noise and noise to data."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ def flow_inverse(
 
     Gradients: z, weights, cond, prefix, start vector, guidance, by the implicit function theorem: the memory is that of
         one forward, and the backward solves the transposed system by the same kind of sweeps (it syncs with the host).
-        Call it under no_grad where none are wanted. No double backward.
+        Call it under no_grad where none are wanted. No double backward, and none with clamp.
     Host sync: on a CPU none to speak of; on a GPU none that waits: sweeps look at a flag that has arrived already.
     Cost: T - 1 steps of one token, or sweeps of a window; keys and values take 2 L T Hkv d numbers a sample and stream.
     Source: Zhai et al. 2024, section 3; Song et al., Accelerating Feedforward Computation via Parallel Nonlinear
@@ -163,6 +164,8 @@ def flow_inverse(
     wants_grad = torch.is_grad_enabled() and checks.needs_grad(
         z, cond, cond_uncond, prefix, prefix_uncond, call.guidance, call.known, *block.tensors()
     )
+    if wants_grad and clamp is not None:
+        checks.fail(_INVERSE, "clamp has no gradient", clamp, "call it under no_grad", error=NotImplementedError)
     with torch.no_grad():
         x, info = _solve(block, call)
     logdet = None
@@ -204,7 +207,7 @@ class _Call(NamedTuple):
 
 def _checked(z, block, **options):
     """(block, z, _Call) of the arguments of flow_inverse, or an error."""
-    o, name = _Options(options), _INVERSE
+    o, name = SimpleNamespace(**options), _INVERSE
     block = flow_block.block_of(name, block)
     flow_block.check_block(name, block, z)
     checks.require(o.method in METHODS, name, f"method must be one of {METHODS}", repr(o.method))
@@ -256,11 +259,6 @@ def _checked(z, block, **options):
         work, permutation, conditions, guidance, o.guidance_rule, o.guidance_what, known, plan, segments, guess, stop,
         o.clamp, o.on_nonfinite, o.cache,
     )  # fmt: skip
-
-
-class _Options:
-    def __init__(self, options):
-        self.__dict__.update(options)
 
 
 def _solve(block, call):
