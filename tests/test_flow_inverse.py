@@ -334,6 +334,31 @@ def test_overflow_on_the_way_is_survived(method, place):
         assert (x - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
+class ExplodingNetwork(NoisyNetwork):
+    """mu of a token is half the token before it, and sigma is 1; but the last token's iterates are 1e30."""
+
+    def window(self, tokens, lo, hi, width):
+        at = lo.unsqueeze(1) + torch.arange(width)
+        before = tokens.gather(1, at.clamp(max=self.steps - 1).unsqueeze(-1).expand(-1, -1, 2))
+        last = (at == self.steps - 1) & (lo < self.steps - 1).unsqueeze(1)
+        mu = torch.where(last.unsqueeze(-1), 1e30, 0.5 * before)
+        return torch.cat([torch.zeros_like(mu), mu], -1)
+
+
+def test_an_exploding_iterate_does_not_loosen_the_tolerance():
+    """atol + rtol max|x| over the window, as usually stated, would accept everything in the first sweep."""
+    z = torch.randn(2, 41, 2, dtype=F64)
+    expected = z.clone()
+    for t in range(1, 41):
+        expected[:, t] += 0.5 * expected[:, t - 1]
+    network, limit = ExplodingNetwork(0.0, 2), torch.full((2,), 1e40, dtype=F64)
+    problem = Problem(network, z, None, "log_linear", "ab", "exp", 0.0, None, limit)
+    front = torch.zeros(2, dtype=torch.int64)
+    found = sweep(problem, z.clone(), front, Windows(40), Rule(1e-9, 1e-9, "max", "exact", None))
+    assert (found.status == Status.CONVERGED).all()
+    torch.testing.assert_close(found.tokens[:, :-1], expected[:, :-1], rtol=0, atol=1e-7)
+
+
 @backends
 @pytest.mark.parametrize("method", ("sequential", *SWEEPING))
 @torch.no_grad()
