@@ -1,6 +1,6 @@
 // The encoder fusions on the CPU. A row is walked in vectors; what a row is walked twice for stays in scratch memory.
-#include "common/gelu.h"
 #include "cpu/encoder_fusions.h"
+#include "cpu/gelu_math.h"
 #include "cpu/row_vectors.h"
 
 namespace flowattn::FLOWATTN_ISA_NAMESPACE {
@@ -18,18 +18,6 @@ inline void clear(S* row, int64_t width) {
 
 // --- bias + GELU
 
-template <typename T>
-struct Math {
-  typedef T Scalar;
-  static Vec<T> exp(Vec<T> x) { return FLOWATTN_ISA_NAMESPACE::exp(x); }
-  static Vec<T> inverse(Vec<T> x) { return T(1) / x; }
-  static Vec<float> normal_cdf(Vec<float> u, Vec<float> gauss) { return float_normal_cdf(u, gauss); }
-  static Vec<double> normal_cdf(Vec<double> u, Vec<double>) {
-    for (int i = 0; i < kLanes<double>; ++i) u[i] = 0.5 * __builtin_erfc(-0.7071067811865476 * u[i]);
-    return u;
-  }
-};
-
 template <typename S, bool Tanh, typename T = Compute<S>>
 void gelu_fwd(const BiasGelu& op, int64_t begin, int64_t end) {
   const T* bias = static_cast<const T*>(op.bias);
@@ -37,7 +25,7 @@ void gelu_fwd(const BiasGelu& op, int64_t begin, int64_t end) {
     const S* x = row_of<const S>(op.x, row);
     S* y = row_of<S>(op.y, row);
     each_vector<T>(op.width, [&](int64_t c, int, auto part) {
-      store(y + c, gelu<Tanh, Math<T>>(load(x + c, part) + load(bias + c, part)), part);
+      store(y + c, gelu<Tanh, GeluMath<T>>(load(x + c, part) + load(bias + c, part)), part);
     });
   }
 }
@@ -54,7 +42,7 @@ void gelu_bwd(const BiasGelu& op, int64_t begin, int64_t end) {
       S* dx = row_of<S>(op.dx, row);
       each_vector<T>(op.width, [&](int64_t c, int, auto part) {
         const Vec<T> u = load(x + c, part) + load(bias + c, part);
-        const Vec<T> du = load(dy + c, part) * gelu_slope<Tanh, Math<T>>(u);
+        const Vec<T> du = load(dy + c, part) * gelu_slope<Tanh, GeluMath<T>>(u);
         store(dx + c, du, part);
         if (sums) store(sums + c, load(sums + c, part) + du, part);
       });

@@ -5,6 +5,10 @@ from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import DisentangledBias, RelativeBias
 from flowattn.ops.decays import decay_preset
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
+from flowattn.ops.fixed_point_inverse import fixed_point_inverse
+from flowattn.ops.flow_affine import flow_affine_forward, flow_affine_inverse
+from flowattn.ops.flow_inverse import InverseInfo, flow_forward, flow_inverse
+from flowattn.ops.flow_solvers import InverseStatus
 from flowattn.ops.grid_retention import grid_retention
 from flowattn.ops.linear_attention import LinearState, linear_attention, linear_attention_step
 from flowattn.ops.linear_scan import linear_scan
@@ -23,6 +27,8 @@ __version__ = "0.1.0"
 __all__ = [
     "DisentangledBias",
     "FallbackWarning",
+    "InverseInfo",
+    "InverseStatus",
     "LinearState",
     "PackPlan",
     "PrefixState",
@@ -35,6 +41,11 @@ __all__ = [
     "bias_residual_layer_norm",
     "decay_preset",
     "explain",
+    "fixed_point_inverse",
+    "flow_affine_forward",
+    "flow_affine_inverse",
+    "flow_forward",
+    "flow_inverse",
     "grid_retention",
     "linear_attention",
     "linear_attention_step",

@@ -28,6 +28,12 @@ _POSITIONS = "Tensor? position_keys=None, Tensor? position_queries=None"
 # What a selective scan is given: u, delta, z (B, E, L) or (B, L, E), A (E, N), B, C (B, G, N, L) or (B, L, G, N).
 _SELECTIVE = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? skip, Tensor? z, Tensor? delta_bias"
 
+# A block of a causal flow: packed weights, what its rows are conditioned on, and its static cache.
+_FLOW = (
+    "Tensor weights, Tensor vectors, Tensor config, Tensor? positions, Tensor? cond, Tensor? prefix, Tensor? rope,"
+    " Tensor? start, Tensor scale, Tensor(a!) keys, Tensor(b!) values"
+)
+
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "bias_gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
@@ -37,6 +43,15 @@ SCHEMAS = {
     "bias_residual_layer_norm_bwd": "(Tensor dy, Tensor? dz, Tensor x, Tensor? bias, Tensor? residual, Tensor? weight,"
     " Tensor? ln_bias, Tensor stats, Tensor? inverse, bool want_params)"
     " -> (Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)",
+    "flow_affine_fwd": "(Tensor x, Tensor params, bool softplus, float soft_clip) -> (Tensor z, Tensor logdet)",
+    "flow_affine_bwd": "(Tensor dz, Tensor? dlogdet, Tensor z, Tensor params, bool softplus, float soft_clip)"
+    " -> (Tensor dx, Tensor dparams)",
+    "flow_affine_inv": "(Tensor z, Tensor params, Tensor? params_uncond, Tensor? guidance, Tensor? previous, int rule,"
+    " bool guide_scale, bool guide_mean, bool softplus, float soft_clip) -> (Tensor x, Tensor statistics)",
+    "flow_pack": "(Tensor weight, Tensor(a!) packed, SymInt offset) -> ()",
+    "flow_window": f"(Tensor tokens, {_FLOW}, Tensor lo, Tensor hi, SymInt width, SymInt outputs, float eps) -> Tensor",
+    "flow_sequential": f"(Tensor(c!) tokens, {_FLOW}, Tensor z, Tensor? guidance, SymInt begin, int rule,"
+    " bool guide_scale, bool guide_mean, bool softplus, float soft_clip, float clamp, float eps) -> Tensor",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
