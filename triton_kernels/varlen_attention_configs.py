@@ -36,3 +36,10 @@ def dkv_config(dtype, width, longest_q, masked):
     if width <= 128:
         return (32, 64, 4, 2) if masked else (64, 128, 8, 3)
     return (32, 64, 8, 1)
+
+
+def dbias_config(dtype, width):
+    """Not measured: the shapes of the other backward kernels that leave registers for the tile of the bias."""
+    if dtype == torch.float32:
+        return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
+    return (64, 64, 4, 1) if width <= 128 else (64, 32, 8, 1)

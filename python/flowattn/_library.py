@@ -49,7 +49,7 @@ SCHEMAS = {
     f" bool deterministic, {_SCORES}, bool want_dbias=False)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
 }
-TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
+TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention_bwd"}
 
 _LIB = torch.library.Library("flowattn", "DEF")
 

@@ -200,16 +200,14 @@ def _reference(
         )  # fmt: skip
 
 
-def _refuse_scores(scores):
-    return "has no softcap, alibi_slopes, bias or dropout" if scores else None
-
-
 def _refuse_cpu(q, *rest):
     return _native.refuse_cpu(q)
 
 
 def _refuse_cuda(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, scores):
-    reason = _native.refuse_cuda(q) or _refuse_scores(scores)
+    reason = _native.refuse_cuda(q)
+    if reason is None and scores:
+        reason = "has no softcap, alibi_slopes, bias or dropout"
     if reason is None and _native.capability(q.device) != (9, 0):
         reason = "needs a Hopper GPU (compute capability 9.0)"
     if reason is None and q.dtype not in (torch.float16, torch.bfloat16):
@@ -229,7 +227,7 @@ def _fits_chunks(x):
 
 
 def _refuse_triton(q, k, v, *rest):
-    reason = dispatch.refuse_triton(q) or _refuse_scores(rest[-1])
+    reason = dispatch.refuse_triton(q)
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
         reason = f"head width must be at most 256; got {max(q.shape[2], v.shape[2])}"
     if reason is None and q.dtype == torch.float64:
