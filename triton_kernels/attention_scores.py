@@ -1,7 +1,7 @@
 """What attention does to its scores besides scaling and masking: softcap, ALiBi, dense and relative bias, dropout.
 
-Every option that a call leaves out is None in `Scores`, and `Scores` itself is None where all are: then no instruction
-of this file is compiled. docs/design.md has the formulas.
+Every option that a call leaves out is None in `Scores`, and then no instruction of it is compiled. The formulas are in
+docs/design.md.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ SPREAD = 1024  # distances of one program of relative_bias_spread_kernel
 class Scores(NamedTuple):
     """The options of a call, a kernel argument. Strides of None belong to options that are off."""
 
-    scale: object  # turns products into scores; 1 where the queries are scaled before the product
+    scale: object  # turns products into scores, 1 where the queries are scaled before the product; None without options
     softcap: object
     inverse_softcap: object
     slopes: object  # (1 or B, H) float32
@@ -40,44 +40,35 @@ class Scores(NamedTuple):
     kept: object  # 1 / (1 - dropout_p)
 
 
-class HeadScores(NamedTuple):
-    """The options for one head of one sequence."""
+class Head(NamedTuple):
+    """The numbers of one head of one sequence, 0 where `Scores` has None: a jit function cannot return None."""
 
-    scale: object
-    softcap: object
-    inverse_softcap: object
     slope: object
-    bias: object
-    bias_row: object
-    bias_key: object
+    bias: object  # offset
     rows: object  # of the bias: none beyond are read
     keys: object
-    by_distance: object  # points at distance 0
+    by_distance: object  # offset of distance 0
     reach: object
     seed: object
     offset: object
     stream: object
     threshold: object
-    kept: object
 
 
 @triton.jit
 def at_head(scores, b, h, batch, length_q, bias_q, bias_k, reach, threshold, HEADS: tl.constexpr):
-    """HeadScores of query head h in sequence b; b = batch is the unused tail of the packed rows."""
-    slope, bias, by_distance, seed, offset = None, None, None, None, None
+    """Head of query head h in sequence b; b = batch is the unused tail of the packed rows."""
+    slope, bias, seed, offset = 0.0, tl.cast(0, tl.int64), tl.cast(0, tl.int64), 0
     if scores.slopes is not None:
         slope = tl.load(scores.slopes + b * scores.slope_batch + h * scores.slope_head, mask=b < batch, other=0.0)
     if scores.bias is not None:
-        bias = scores.bias + tl.cast(b, tl.int64) * scores.bias_batch + tl.cast(h, tl.int64) * scores.bias_head
-    if scores.by_distance is not None:
-        by_distance = scores.by_distance + tl.cast(h, tl.int64) * (2 * reach + 1) + reach
-    if scores.rng is not None:
+        bias = tl.cast(b, tl.int64) * scores.bias_batch + tl.cast(h, tl.int64) * scores.bias_head
+    if scores.kept is not None:
         seed = tl.load(scores.rng)
         offset = tl.load(scores.rng + 1).to(tl.int32)
-    return HeadScores(
-        scores.scale, scores.softcap, scores.inverse_softcap, slope, bias, scores.bias_row, scores.bias_key,
-        tl.minimum(bias_q, length_q), bias_k, by_distance, reach, seed, offset, b * HEADS + h,
-        tl.cast(threshold, tl.uint32, bitcast=True), scores.kept,
+    return Head(
+        slope, bias, tl.minimum(bias_q, length_q), bias_k, tl.cast(h, tl.int64) * (2 * reach + 1) + reach, reach,
+        seed, offset, b * HEADS + h, tl.cast(threshold, tl.uint32, bitcast=True),
     )  # fmt: skip
 
 
@@ -96,7 +87,7 @@ def _tanh(x):
 
 
 @triton.jit
-def modify(products, rows, keys, shift, scores):
+def modify(products, rows, keys, shift, scores, head):
     """(scores, t) of a block of products q . k; t is the tanh of the softcap, whose derivative is 1 - t^2.
 
     rows and keys are index blocks that broadcast to the products. Keys beyond the sequence get any finite score.
@@ -106,25 +97,31 @@ def modify(products, rows, keys, shift, scores):
     if scores.softcap is not None:
         t = _tanh(z * scores.inverse_softcap)
         z = t * scores.softcap
-    if scores.slope is not None:
-        z -= scores.slope * tl.abs(keys - rows - shift).to(tl.float32)
+    if scores.slopes is not None:
+        z -= head.slope * tl.abs(keys - rows - shift).to(tl.float32)
     if scores.by_distance is not None:
-        z += tl.load(scores.by_distance + tl.minimum(tl.maximum(keys - rows - shift, -scores.reach), scores.reach))
+        distance = tl.minimum(tl.maximum(keys - rows - shift, -head.reach), head.reach)
+        z += tl.load(scores.by_distance + head.by_distance + distance)
     if scores.bias is not None:
-        pointers = scores.bias + rows.to(tl.int64) * scores.bias_row + keys.to(tl.int64) * scores.bias_key
-        inside = (rows < scores.rows) & (keys < scores.keys)
+        pointers = scores.bias + head.bias + rows.to(tl.int64) * scores.bias_row + keys.to(tl.int64) * scores.bias_key
+        inside = (rows < head.rows) & (keys < head.keys)
         z += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
     return z, t
 
 
 @triton.jit
-def keep_mask(row, key, scores, BM: tl.constexpr, BN: tl.constexpr):
-    """Which probabilities (BM, BN) from query `row` and key `key` on dropout keeps; key must be a multiple of 4."""
+def dropout_words(row, key, head, BM: tl.constexpr, BN: tl.constexpr):
+    """The word of each score (BM, BN) from query `row` and key `key` on, a multiple of 4 (csrc/common/philox.h)."""
     group = (key // 4 + tl.arange(0, BN // 4))[None, :]
     i = (row + tl.arange(0, BM))[:, None]
-    x, y, z, w = tl.philox(scores.seed, group, i, scores.stream, scores.offset)
-    words = tl.interleave(tl.interleave(x, z), tl.interleave(y, w))  # word j % 4 of group j // 4
-    return words >= scores.threshold
+    x, y, z, w = tl.philox(head.seed, group, i, head.stream, head.offset)
+    return tl.interleave(tl.interleave(x, z), tl.interleave(y, w))  # word j % 4 of group j // 4
+
+
+@triton.jit
+def keep_mask(row, key, head, BM: tl.constexpr, BN: tl.constexpr):
+    """Which probabilities of the block dropout keeps."""
+    return dropout_words(row, key, head, BM, BN) >= head.threshold
 
 
 @triton.jit
@@ -166,6 +163,7 @@ def relative_bias_spread_kernel(
     tl.store(by_distance + tl.cast(h, tl.int64) * span + d, value.to(tl.float32), mask=d < span)
 
 
+NO_SCORES = Scores(*[None] * len(Scores._fields))
 _spread = Launcher(relative_bias_spread_kernel)
 
 
@@ -188,7 +186,7 @@ def score_arguments(scale, softcap=0.0, slopes=None, bias=None, table=None, lut=
     scale: what turns the kernel's products into scores.
     """
     if softcap == 0 and slopes is None and bias is None and table is None and rng is None:
-        return None, (0, 0, 0, 0), None
+        return NO_SCORES, (0, 0, 0, 0), None
     slope_strides, bias_strides, extents, reach, threshold = (None,) * 2, (None,) * 4, (0, 0), 0, 0
     if slopes is not None:
         slope_strides = (slopes.stride(0) if slopes.dim() == 2 else 0, slopes.stride(-1))

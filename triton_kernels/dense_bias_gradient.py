@@ -33,22 +33,27 @@ def dense_bias_gradient_kernel(
     tiles_q, tiles_k = tl.cdiv(bias_q, BM), tl.cdiv(bias_k, BN)
     slice_, tile = tl.program_id(0) // (tiles_q * tiles_k), tl.program_id(0) % (tiles_q * tiles_k)
     row, key = tile // tiles_k * BM, tile % tiles_k * BN
-    split, head, sequence = slice_ // (bias_batch * bias_heads), slice_ % bias_heads, slice_ // bias_heads % bias_batch
+    split, first_head, first_sequence = (
+        slice_ // (bias_batch * bias_heads),
+        slice_ % bias_heads,
+        slice_ // bias_heads % bias_batch,
+    )
     # Sharers are pairs of a sequence and a head: all of either, or the one that this slice of the bias belongs to.
     heads, sequences = tl.where(bias_heads == 1, HEADS, 1), tl.where(bias_batch == 1, batch, 1)
     share = tl.cdiv(heads * sequences, splits)
     offs_m, offs_n = tl.arange(0, BM), tl.arange(0, BN)
     acc = tl.zeros([BM, BN], tl.float32)
     for sharer in tl.range(split * share, tl.minimum(split * share + share, heads * sequences)):
-        h, b = head + sharer % heads, sequence + sharer // heads
+        h, b = first_head + sharer % heads, first_sequence + sharer // heads
         start, length_q = other_side(b, cu_q, batch, total_q)
         start_k, length_k = other_side(b, cu_k, batch, total_k)
         shift = 0 if TOP_LEFT else length_k - length_q
-        begin, _, _, end = tile_interval(row, BM, length_k, shift, left, right, BN, HAS_LEFT, HAS_RIGHT)
+        begin, full_begin, full_end, end = tile_interval(row, BM, length_k, shift, left, right, BN, HAS_LEFT, HAS_RIGHT)
         if (row < length_q) & (key < end) & (key >= begin):
-            start, start_k = tl.cast(start, tl.int64), tl.cast(start_k, tl.int64)
-            q_head = q + start * stride_qt + h * stride_qh
-            do_head = do + start * stride_dot + h * stride_doh
+            q_head = q + tl.cast(start, tl.int64) * stride_qt + h * stride_qh
+            do_head = do + tl.cast(start, tl.int64) * stride_dot + h * stride_doh
+            k_head = k + tl.cast(start_k, tl.int64) * stride_kt + h // GROUP * stride_kh
+            v_head = v + tl.cast(start_k, tl.int64) * stride_vt + h // GROUP * stride_vh
             q_tile = load_rows(q_head, row, stride_qt, length_q, offs_m, tl.arange(0, BD), D, BD, True)
             if PRECISION == "tf32x3":
                 q_tile *= scale
@@ -56,11 +61,10 @@ def dense_bias_gradient_kernel(
             per_row = tl.cast(h, tl.int64) * total_q + start
             lse_rows = row_lse(lse + per_row, row, offs_m, length_q)
             row_delta = tl.load(delta + per_row + row + offs_m, mask=row + offs_m < length_q, other=0.0)
-            _, p, dp, _ = p_and_dp(
-                q_tile, do_tile, lse_rows, k + start_k * stride_kt + h // GROUP * stride_kh,
-                v + start_k * stride_vt + h // GROUP * stride_vh, stride_kt, stride_vt, row, key, length_k, shift, left,
-                right, factor, at_head(scores, b, h, batch, length_q, bias_q, bias_k, reach, threshold, HEADS), D, DV,
-                BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION,
+            head = at_head(scores, b, h, batch, length_q, bias_q, bias_k, reach, threshold, HEADS)
+            kb, p, dp, t = p_and_dp(
+                q_tile, do_tile, lse_rows, k_head, v_head, stride_kt, stride_vt, row, key, length_k, shift, left, right,
+                factor, scores, head, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION,
             )  # fmt: skip
             acc += p * (dp - row_delta[:, None])
     dbias += tl.cast(slice_, tl.int64) * bias_q * bias_k

@@ -27,7 +27,7 @@ UNREACHED = 1 << 30  # a window wider than any sequence; larger ones would not f
 
 @triton.jit
 def _fwd_keys(
-    acc, top, total, q, k, v, stride_k, stride_v, begin, end, row, length, shift, left, right, unit, scores,
+    acc, top, total, q, k, v, stride_k, stride_v, begin, end, row, length, shift, left, right, unit, scores, head,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     NEGATIVE: tl.constexpr,
@@ -41,8 +41,8 @@ def _fwd_keys(
         if NEGATIVE:
             s = -s
         rows, keys = (row + offs_m)[:, None], (key + offs_n)[None, :]
-        if scores is not None:
-            s, _ = modify(s, rows, keys, shift, scores)
+        if scores.scale is not None:
+            s, _ = modify(s, rows, keys, shift, scores, head)
         if MASKED:
             s = tl.where(visible(rows, keys, length, shift, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -51,9 +51,8 @@ def _fwd_keys(
         correction = tl.exp2((top - finite) * unit)
         total = total * correction + tl.sum(p, 1)
         acc = acc * correction[:, None]
-        if scores is not None:
-            if scores.seed is not None:
-                p = tl.where(keep_mask(row, key, scores, BM, BN), p, 0.0)
+        if scores.kept is not None:
+            p = tl.where(keep_mask(row, key, head, BM, BN), p, 0.0)
         vb = load_rows(v, key, stride_v, length, offs_n, offs_dv, DV, BDV, MASKED)
         acc = tl.dot(p.to(vb.dtype), vb, acc, input_precision=PRECISION)
         top = new_top
@@ -83,8 +82,7 @@ def varlen_attention_fwd_kernel(
     q += tl.cast(start, tl.int64) * stride_qt + h * stride_qh
     k += tl.cast(start_k, tl.int64) * stride_kt + h // GROUP * stride_kh
     v += tl.cast(start_k, tl.int64) * stride_vt + h // GROUP * stride_vh
-    if scores is not None:
-        scores = at_head(scores, b, h, batch, length_q, bias_q, bias_k, reach, threshold, HEADS)
+    head = at_head(scores, b, h, batch, length_q, bias_q, bias_k, reach, threshold, HEADS)
     offs_m, offs_d = tl.arange(0, BM), tl.arange(0, BD)
     q_tile = load_rows(q, row, stride_qt, length_q, offs_m, offs_d, D, BD, True)
     if PRECISION == "tf32x3":
@@ -98,22 +96,21 @@ def varlen_attention_fwd_kernel(
     if HAS_LEFT:
         acc, top, total = _fwd_keys(
             acc, top, total, q_tile, k, v, stride_kt, stride_vt, begin, full_begin, row, length_k, shift, left, right,
-            unit, scores, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION, NEGATIVE,
+            unit, scores, head, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION, NEGATIVE,
         )  # fmt: skip
     acc, top, total = _fwd_keys(
         acc, top, total, q_tile, k, v, stride_kt, stride_vt, full_begin, full_end, row, length_k, shift, left, right,
-        unit, scores, D, DV, BM, BN, BD, BDV, False, HAS_LEFT, HAS_RIGHT, PRECISION, NEGATIVE,
+        unit, scores, head, D, DV, BM, BN, BD, BDV, False, HAS_LEFT, HAS_RIGHT, PRECISION, NEGATIVE,
     )  # fmt: skip
     acc, top, total = _fwd_keys(
         acc, top, total, q_tile, k, v, stride_kt, stride_vt, full_end, end, row, length_k, shift, left, right,
-        unit, scores, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION, NEGATIVE,
+        unit, scores, head, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION, NEGATIVE,
     )  # fmt: skip
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     acc = acc / total[:, None]
-    if scores is not None:
-        if scores.seed is not None:
-            acc *= scores.kept
+    if scores.kept is not None:
+        acc *= scores.kept
     row_lse = tl.where(empty, float("-inf"), top * tl.abs(factor) + tl.log(total))
     out += (tl.cast(start, tl.int64) * HEADS + h) * DV
     store_rows(out, row, HEADS * DV, length_q, offs_m, tl.arange(0, BDV), acc, DV)
@@ -132,7 +129,7 @@ def score_options(q, scale, options):
     """(scale, factor), and what attention_scores.score_arguments makes of the private op's options."""
     factor = 1.0 if q.dtype == torch.float32 else scale
     arguments = attention_scores.score_arguments(factor, *options)
-    return (scale, factor if arguments[0] is None else 1.0), arguments
+    return (scale, factor if arguments[0] is attention_scores.NO_SCORES else 1.0), arguments
 
 
 def constants(q, k, v, cu_q, cu_k, left, right, top_left):

@@ -45,7 +45,7 @@ def probabilities(s, lse, factor):
 
 @triton.jit
 def p_and_dp(
-    q, do, lse_rows, k, v, stride_k, stride_v, row, key, length, shift, left, right, factor, scores,
+    q, do, lse_rows, k, v, stride_k, stride_v, row, key, length, shift, left, right, factor, scores, head,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -55,21 +55,19 @@ def p_and_dp(
     vb = load_rows(v, key, stride_v, length, offs_n, offs_dv, DV, BDV, MASKED)
     s = tl.dot(q, tl.trans(kb), input_precision=PRECISION)
     rows, keys, t = (row + offs_m)[:, None], (key + offs_n)[None, :], s
-    if scores is not None:
-        s, t = modify(s, rows, keys, shift, scores)
+    if scores.scale is not None:
+        s, t = modify(s, rows, keys, shift, scores, head)
     p = probabilities(s, lse_rows[:, None], factor)
     if MASKED:
         p = tl.where(visible(rows, keys, length, shift, left, right, HAS_LEFT, HAS_RIGHT), p, 0.0)
     dp = tl.dot(do, tl.trans(vb), input_precision=PRECISION)
-    if scores is not None:
-        if scores.seed is not None:
-            dp = tl.where(keep_mask(row, key, scores, BM, BN), dp * scores.kept, 0.0)
+    if scores.kept is not None:
+        dp = tl.where(keep_mask(row, key, head, BM, BN), dp * scores.kept, 0.0)
     return kb, p, dp, t
 
 
 @triton.jit
 def through_softcap(ds, t, scores):
-    if scores is not None:
-        if scores.softcap is not None:
-            ds *= 1.0 - t * t
+    if scores.softcap is not None:
+        ds *= 1.0 - t * t
     return ds

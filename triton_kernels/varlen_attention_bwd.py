@@ -21,19 +21,19 @@ from .varlen_attention_configs import dkv_config, dq_config
 @triton.jit
 def _dq_keys(
     dq, sums, q, do, lse_rows, delta, k, v, stride_k, stride_v, begin, end, row, length, shift, left, right, factor,
-    scores, lut,
+    scores, head,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):  # fmt: skip
     for key in tl.range(begin, end, BN):
         kb, p, dp, t = p_and_dp(
-            q, do, lse_rows, k, v, stride_k, stride_v, row, key, length, shift, left, right, factor, scores, D, DV, BM,
-            BN, BD, BDV, MASKED, HAS_LEFT, HAS_RIGHT, PRECISION,
+            q, do, lse_rows, k, v, stride_k, stride_v, row, key, length, shift, left, right, factor, scores, head, D,
+            DV, BM, BN, BD, BDV, MASKED, HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
         ds = p * (dp - delta[:, None])
         if BUCKETS:
-            sums = add_by_bucket(sums, ds, row, key, shift, lut, scores.reach, BM, BN, BUCKETS)
+            sums = add_by_bucket(sums, ds, row, key, shift, scores.lut, head.reach, BM, BN, BUCKETS)
         dq = tl.dot(through_softcap(ds, t, scores).to(kb.dtype), kb, dq, input_precision=PRECISION)
     return dq, sums
 
@@ -61,10 +61,7 @@ def varlen_attention_bwd_dq_kernel(
     k += tl.cast(start_k, tl.int64) * stride_kt + h // GROUP * stride_kh
     v += tl.cast(start_k, tl.int64) * stride_vt + h // GROUP * stride_vh
     per_row = tl.cast(h, tl.int64) * total_q + start
-    lut = None
-    if scores is not None:
-        lut = scores.lut
-        scores = at_head(scores, b, h, batch, length_q, bias_q, bias_k, reach, threshold, HEADS)
+    head = at_head(scores, b, h, batch, length_q, bias_q, bias_k, reach, threshold, HEADS)
     offs_m, offs_d, offs_dv = tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
     inside = row + offs_m < length_q
     q_tile = load_rows(q, row, stride_qt, length_q, offs_m, offs_d, D, BD, True)
@@ -83,14 +80,14 @@ def varlen_attention_bwd_dq_kernel(
         # cancel against dP to the last bit, which exp(score - LSE) and rowsum(dO * O), equal on paper, do not.
         kb, p, dp, t = p_and_dp(
             q_tile, do_tile, lse_rows, k, v, stride_kt, stride_vt, row, begin, length_k, shift, left, right, factor,
-            scores, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION,
+            scores, head, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
         seen = tl.sum(p, 1)
         p = p / tl.where(seen == 0.0, 1.0, seen)[:, None]
         row_delta = tl.sum(p * dp, 1) - row_dlse
         ds = p * (dp - row_delta[:, None])
         if BUCKETS:
-            sums = add_by_bucket(sums, ds, row, begin, shift, lut, reach, BM, BN, BUCKETS)
+            sums = add_by_bucket(sums, ds, row, begin, shift, scores.lut, reach, BM, BN, BUCKETS)
         acc = tl.dot(through_softcap(ds, t, scores).to(kb.dtype), kb, acc, input_precision=PRECISION)
     else:
         o_tile = load_rows(out + (start * HEADS + h) * DV, row, HEADS * DV, length_q, offs_m, offs_dv, DV, BDV, True)
@@ -98,17 +95,17 @@ def varlen_attention_bwd_dq_kernel(
         if HAS_LEFT:
             acc, sums = _dq_keys(
                 acc, sums, q_tile, do_tile, lse_rows, row_delta, k, v, stride_kt, stride_vt, begin, full_begin, row,
-                length_k, shift, left, right, factor, scores, lut, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT,
+                length_k, shift, left, right, factor, scores, head, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT,
                 PRECISION, BUCKETS,
             )  # fmt: skip
         acc, sums = _dq_keys(
             acc, sums, q_tile, do_tile, lse_rows, row_delta, k, v, stride_kt, stride_vt, full_begin, full_end, row,
-            length_k, shift, left, right, factor, scores, lut, D, DV, BM, BN, BD, BDV, False, HAS_LEFT, HAS_RIGHT,
+            length_k, shift, left, right, factor, scores, head, D, DV, BM, BN, BD, BDV, False, HAS_LEFT, HAS_RIGHT,
             PRECISION, BUCKETS,
         )  # fmt: skip
         acc, sums = _dq_keys(
             acc, sums, q_tile, do_tile, lse_rows, row_delta, k, v, stride_kt, stride_vt, full_end, end, row, length_k,
-            shift, left, right, factor, scores, lut, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION,
+            shift, left, right, factor, scores, head, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION,
             BUCKETS,
         )  # fmt: skip
     tl.store(delta + per_row + row + offs_m, row_delta, mask=inside)
@@ -120,7 +117,7 @@ def varlen_attention_bwd_dq_kernel(
 @triton.jit
 def _dkv_queries(
     dk, dv, kb, vb, q, do, lse, delta, stride_q, stride_do, begin, end, key, length_q, length_k, shift, left, right,
-    scale, factor, scores,
+    scale, factor, scores, head,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -135,18 +132,17 @@ def _dkv_queries(
         else:
             s = tl.dot(kb, tl.trans(qb), input_precision=PRECISION)
         rows, keys, t = (row + offs_m)[None, :], (key + offs_n)[:, None], s
-        if scores is not None:
-            s, t = modify(s, rows, keys, shift, scores)
+        if scores.scale is not None:
+            s, t = modify(s, rows, keys, shift, scores, head)
         p = probabilities(s, lse_rows[None, :], factor)
         if MASKED:
             p = tl.where(visible(rows, keys, length_k, shift, left, right, HAS_LEFT, HAS_RIGHT), p, 0.0)
         dropped = p
         dp = tl.dot(vb, tl.trans(dob), input_precision=PRECISION)
-        if scores is not None:
-            if scores.seed is not None:
-                keep = tl.trans(keep_mask(row, key, scores, BM, BN))
-                dropped = tl.where(keep, p, 0.0)
-                dp = tl.where(keep, dp * scores.kept, 0.0)
+        if scores.kept is not None:
+            keep = tl.trans(keep_mask(row, key, head, BM, BN))
+            dropped = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * scores.kept, 0.0)
         dv = tl.dot(dropped.to(dob.dtype), dob, dv, input_precision=PRECISION)
         row_delta = tl.load(delta + row + offs_m, mask=row + offs_m < length_q, other=0.0)
         ds = through_softcap(p * (dp - row_delta[None, :]), t, scores)
@@ -182,30 +178,27 @@ def varlen_attention_bwd_dkv_kernel(
         q_head = q + start * stride_qt + hq * stride_qh
         do_head = do + start * stride_dot + hq * stride_doh
         per_row = tl.cast(hq, tl.int64) * total_q + start
-        head_scores = None
-        if scores is not None:
-            head_scores = at_head(scores, b, hq, batch, length_q, bias_q, bias_k, reach, threshold, HEADS * GROUP)
+        head = at_head(scores, b, hq, batch, length_q, bias_q, bias_k, reach, threshold, HEADS * GROUP)
         if HAS_RIGHT:
             dk_acc, dv_acc = _dkv_queries(
                 dk_acc, dv_acc, kb, vb, q_head, do_head, lse + per_row, delta + per_row, stride_qt, stride_dot, begin,
-                full_begin, key, length_q, length_k, shift, left, right, scale, factor, head_scores, D, DV, BM, BN, BD,
+                full_begin, key, length_q, length_k, shift, left, right, scale, factor, scores, head, D, DV, BM, BN, BD,
                 BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION,
             )  # fmt: skip
         dk_acc, dv_acc = _dkv_queries(
             dk_acc, dv_acc, kb, vb, q_head, do_head, lse + per_row, delta + per_row, stride_qt, stride_dot, full_begin,
-            full_end, key, length_q, length_k, shift, left, right, scale, factor, head_scores, D, DV, BM, BN, BD, BDV,
+            full_end, key, length_q, length_k, shift, left, right, scale, factor, scores, head, D, DV, BM, BN, BD, BDV,
             False, HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
         dk_acc, dv_acc = _dkv_queries(
             dk_acc, dv_acc, kb, vb, q_head, do_head, lse + per_row, delta + per_row, stride_qt, stride_dot, full_end,
-            end, key, length_q, length_k, shift, left, right, scale, factor, head_scores, D, DV, BM, BN, BD, BDV, True,
+            end, key, length_q, length_k, shift, left, right, scale, factor, scores, head, D, DV, BM, BN, BD, BDV, True,
             HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
     if PRECISION != "tf32x3":  # there the queries were scaled
         dk_acc *= scale
-    if scores is not None:
-        if scores.rng is not None:
-            dv_acc *= scores.kept
+    if scores.kept is not None:
+        dv_acc *= scores.kept
     hkv = start_k * HEADS + h
     store_rows(dk + hkv * D, key, HEADS * D, length_k, offs_n, offs_d, dk_acc, D)
     store_rows(dv + hkv * DV, key, HEADS * DV, length_k, offs_n, offs_dv, dv_acc, DV)
