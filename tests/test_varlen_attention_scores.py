@@ -111,7 +111,7 @@ def test_against_float64(backend, kind, dtype, place):
 @pytest.mark.parametrize("single", ["softcap", "alibi_slopes", "bias"])
 @pytest.mark.parametrize("backend, dtype, kind", kernels([F32], ["dense-b", "relative"]), indirect=["backend"])
 def test_options_one_at_a_time(backend, single, dtype, kind, place):
-    case = Case("", [5, 40, 20], heads=2)
+    case = Case("", [5, 36], heads=2)
     options = make_options(case, kind, device=place)
     options = {n: t if n == single else (0.0 if n == "softcap" else None) for n, t in options.items()}
     options |= {"causal": False, "window": (-1, -1)}
@@ -200,7 +200,7 @@ def test_gradcheck(backend, kind):
 
 @pytest.mark.parametrize("backend, dtype, kind", kernels([F32], ["dense", "dense-b", "relative"]), indirect=["backend"])
 def test_bias_alone_requires_grad(backend, dtype, kind, place):
-    case = Case("", [5, 36], heads=2)
+    case = Case("", [5, 20], heads=2)
     x, options = make(case, dtype, place), make_options(case, kind, device=place)
     want = run(x._replace(dlse=torch.zeros_like(x.dlse)), **options)["dbias"]
     bias = options.pop("bias")
@@ -219,7 +219,7 @@ def test_bias_alone_requires_grad(backend, dtype, kind, place):
 )
 def test_bias_strides(backend, layout, dtype, place):
     """Any strides give the bits of a contiguous bias; the gradient of an expanded one is summed by expand itself."""
-    case = Case("", [5, 34, 20], heads=2)
+    case = Case("", [5, 0, 34], heads=2)
     x = make(case, dtype, place)
     base = {
         "expanded": torch.randn(1, 1, 40, 40), "keys-first": torch.randn(3, 2, 40, 40),
@@ -238,28 +238,28 @@ def test_bias_strides(backend, layout, dtype, place):
     assert torch.equal(got, torch.autograd.grad(bias, base, dense_grad)[0])
 
 
-@pytest.mark.parametrize("kind", ["dense-bh", "relative"])
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense-b", "dense-bh", "relative"])
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_gradients_repeat_bitwise(backend, kind, place):
     """Also where sequences and heads share a bias: its sums have one order."""
-    case = FEW if place == "cpu" else Case("", *LENGTHS, heads=4, heads_kv=2, d=16)
+    case = Case("", *LENGTHS, heads=4, heads_kv=2, d=16)
     x, options = make(case, F32, place), make_options(case, kind, device=place)
     first = run(x, deterministic=True, **options)
-    for _ in range(1 if place == "cpu" else 50):
+    for _ in range(50):
         again = run(x, deterministic=True, **options)
         for name in FACTORS:
             assert torch.equal(again[name], first[name]), name
 
 
-@pytest.mark.parametrize("kind", BIASES[2:5])
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
-def test_sharers_of_a_bias(backend, kind, place, monkeypatch):
+def test_sharers_of_a_bias(backend, place, monkeypatch):
     """One program for a tile of the bias, or several that divide those who share it: the same sums."""
     from flowattn.triton_kernels import dense_bias_gradient
 
-    case = Case("", [5, 20, 0, 3, 9], heads=3)
-    x, options, results = make(case, F32, place), make_options(case, kind, device=place), []
-    for programs in (1, 2, 512):
+    case = Case("", [5, 20, 0, 3, 9], heads=3, heads_kv=3)
+    x, options, results = make(case, F32, place), make_options(case, "dense-bh", device=place), []
+    for programs in (1, 4, 512):  # 15 sharers in shares of 15, 4 and 1
         monkeypatch.setattr(dense_bias_gradient, "PROGRAMS", programs)
         results.append(run(x, **options)["dbias"])
     torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)
@@ -339,15 +339,17 @@ for dtype, kind in itertools.product((t.F32, t.F16, t.BF16, t.F64), ("dense-b", 
 # --- torch integration and errors
 
 
-@pytest.mark.parametrize("kind", BIASES)
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize(
+    "backend, kind", [*(("cpu", kind) for kind in BIASES), ("triton", "dense-b")],
+    indirect=["backend"],
+)  # fmt: skip
 def test_opcheck(backend, kind, place):
-    case, twin = Case("", [3, 0, 17], heads=2), "_triton" * (backend == "triton")
+    case, twin = Case("", [3, 0, 5], heads=2), "_triton" * (backend == "triton")
     x, bias = make(case, F32, place), make_bias(kind, case, device=place)
     table, lut = bias if kind == "relative" else (None, None)
     dense = bias[None] if kind == "dense-b" else None if kind in ("none", "relative") else bias
     slopes, rng = torch.rand(2, device=place), torch.arange(2, device=place)
-    options, scores = (None, 17, 17, 0.3, 4, 0, False), (1.5, slopes, dense, table, lut, 0.2, rng)
+    options, scores = (None, 5, 5, 0.3, 4, 0, False), (1.5, slopes, dense, table, lut, 0.2, rng)
     torch.library.opcheck(op(f"varlen_attention_fwd{twin}"), (*x[:5], *options, *scores))
     out, lse = op(f"varlen_attention_fwd{twin}")(*x[:5], *options, *scores)
     for want in (False, True):
@@ -355,12 +357,13 @@ def test_opcheck(backend, kind, place):
         torch.library.opcheck(op(f"varlen_attention_bwd{twin}"), backward)
 
 
-@pytest.mark.parametrize("kind", ["dense-b", "relative"])
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize(
+    "backend, kind", [("cpu", "dense-b"), ("cpu", "relative"), ("triton", "relative")], indirect=["backend"]
+)
 def test_compile(backend, kind, place):
     torch._dynamo.reset()
     compiled = torch.compile(fa.varlen_attention, fullgraph=True, backend="aot_eager")
-    for lengths in ([3, 17], [5, 2, 9], [1, 4, 7, 2]):  # the second and third with symbolic sizes
+    for lengths in ([3, 7], [5, 2, 9], [1, 4]):  # the second and third with symbolic sizes
         case = Case("", lengths, heads=2)
         x, options = make(case, F32, place), make_options(case, kind, device=place)
         got, want = run(x, compiled, **options), run(x, **options)

@@ -154,7 +154,7 @@ def varlen_attention_fwd(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, 
     left, right = min(left, UNREACHED), min(right, UNREACHED)
     fixed, _ = constants(q, k, v, cu_q, cu_k, left, right, top_left)
     factors, (scores, score_values, score_key) = score_options(q, scale, options)
-    config = forward_config(q.dtype, max(q.shape[2], v.shape[2]), max_k, left >= 0 or right >= 0)
+    config = forward_config(q.dtype, max(q.shape[2], v.shape[2]), max_k, left >= 0 or right >= 0, score_key is not None)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     _fwd(
         slots(cu_q, tiles, total_q) * (TILE // config[0]) * heads,

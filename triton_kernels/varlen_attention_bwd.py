@@ -228,10 +228,10 @@ def varlen_attention_bwd(
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
     sizes = (batch, total_q, total_k, (batch + 1).bit_length())
     values = (*factors, left, right, scores, *score_values)
-    width, masked = max(q.shape[2], v.shape[2]), left >= 0 or right >= 0
+    width, modes = max(q.shape[2], v.shape[2]), (left >= 0 or right >= 0, score_key is not None)
     pointers = (q, k, v, dout, cu_q, cu_k, tiles)
     if dq.numel():
-        config = dq_config(q.dtype, width, max_k, masked)
+        config = dq_config(q.dtype, width, max_k, *modes)
         programs = slots(cu_q, tiles, total_q) * (TILE // config[0]) * heads
         stride_dlse = dlse.stride(0) if dlse is not None else 0
         buckets = triton.next_power_of_2(table.shape[0]) if table is not None else 0
@@ -254,7 +254,7 @@ def varlen_attention_bwd(
             )  # fmt: skip
     if dk.numel() or dv.numel():
         tiles = tiles if itself else None  # the plan's tiles are those of the queries
-        config = dkv_config(q.dtype, width, max_q, masked)
+        config = dkv_config(q.dtype, width, max_q, *modes)
         _dkv(
             slots(cu_k, tiles, total_k) * (TILE // config[1]) * heads_kv,
             (q.dtype, strides, alignments(*pointers), score_key),
