@@ -280,9 +280,9 @@ def test_scores_beyond_half_precision(backend, place):
 def test_one_key_of_a_large_score(backend, dtype, place):
     """P is 1, and no rounding of a score in the thousands shows: the output is v, and the gradient of v that of out."""
     x = make(Case("", [1] * 40, d=64), dtype, place)
-    x = x._replace(q=x.q * 20, k=x.k * 20)
+    x = x._replace(q=x.q * 34, k=x.k * 34)
     got = run(x)
-    assert got["lse"].abs().max() > 1500
+    assert 2000 < got["lse"].abs().max() < 4096
     assert torch.equal(got["out"], x.v) and torch.equal(got["dv"], x.dout)
 
 

@@ -253,13 +253,25 @@ def test_gradients_repeat_bitwise(backend, kind, place):
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_bias_smaller_than_a_sequence(backend, place):
+    """Triton cannot check what only the device knows: nothing beyond the bias is read or written: it counts as 0."""
+    x, dense = make(Case("", [5, 20]), F32, place), torch.randn(2, 20, 20, device=place)
+    dense[:, 9:], dense[:, :, 13:] = 0, 0
+    small = run(x, bias=dense[:, :9, :13].contiguous())
+    whole = run(x, bias=dense)
+    whole["dbias"] = whole["dbias"][:, :9, :13]
+    for name in FACTORS:
+        assert torch.equal(small[name], whole[name]), name
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 def test_sharers_of_a_bias(backend, place, monkeypatch):
     """One program for a tile of the bias, or several that divide those who share it: the same sums."""
     from flowattn.triton_kernels import dense_bias_gradient
 
-    case = Case("", [5, 20, 0, 3, 9], heads=3, heads_kv=3)
+    case = Case("", [5, 9, 0, 3], heads=3, heads_kv=3)
     x, options, results = make(case, F32, place), make_options(case, "dense-bh", device=place), []
-    for programs in (1, 4, 512):  # 15 sharers in shares of 15, 4 and 1
+    for programs in (1, 5, 512):  # 12 sharers in shares of 12, 3 and 1
         monkeypatch.setattr(dense_bias_gradient, "PROGRAMS", programs)
         results.append(run(x, **options)["dbias"])
     torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)
@@ -352,7 +364,7 @@ def test_opcheck(backend, kind, place):
     options, scores = (None, 5, 5, 0.3, 4, 0, False), (1.5, slopes, dense, table, lut, 0.2, rng)
     torch.library.opcheck(op(f"varlen_attention_fwd{twin}"), (*x[:5], *options, *scores))
     out, lse = op(f"varlen_attention_fwd{twin}")(*x[:5], *options, *scores)
-    for want in (False, True):
+    for want in (True,) if twin else (False, True):  # the interpreter is slow
         backward = (x.dout, x.dlse, *x[:3], out, lse, x.cu_q, x.cu_k, *options, True, *scores, want)
         torch.library.opcheck(op(f"varlen_attention_bwd{twin}"), backward)
 

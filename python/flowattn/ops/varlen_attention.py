@@ -48,8 +48,8 @@ def varlen_attention(
     softcap > 0: scores become softcap * tanh(score / softcap), before any bias is added.
     alibi_slopes: float32 (H,) or (B, H): adds -slope * |i + s - j|. No gradient.
     bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, or dense (H, S, S) or
-        (B, H, S, S), any strides, S at least the longest sequence. B or H of size 1 is broadcast and its gradient
-        summed in place; that of a tensor expanded beforehand has the expanded size.
+        (B, H, S, S), any strides, S at least the longest sequence (Triton takes what is missing as 0). B or H of size 1
+        is broadcast and its gradient summed in place; that of a tensor expanded beforehand has the expanded size.
     dropout_p: drops probabilities and divides the others by 1 - dropout_p; the LSE is that without dropout. Two int64
         numbers from the device's default generator decide, together with the sequence's place in the batch, the head
         and i and j (docs/design.md): not the lengths of other sequences, the plan, the backend or the direction.
@@ -112,7 +112,7 @@ class _VarlenAttention(torch.autograd.Function):
         q, k, v, out, lse, cu_q, cu_k, tiles, *scores = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         if dout.stride(-1) != 1:
-            dout = dout.contiguous()
+            dout = dout.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty one as it is
         call = (dout, dlse, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, tiles, *ctx.options)
         if not scores:
             dq, dk, dv, _, _ = ctx.bwd(*call)
