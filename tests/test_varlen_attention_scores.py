@@ -401,6 +401,7 @@ RULES = {
     "bias-dtype": (TypeError, "bias must be float32 or have the dtype of q", {"bias": torch.ones(2, 4, 4).double()}),
     "bias-rows": (ValueError, "bias must cover the longest sequences, 3 ", {"bias": torch.ones(2, 2, 3)}),
     "table": (ValueError, r"bias.table must have shape \(buckets, 2\)", {"bias": (torch.ones(4, 3), LUT)}),
+    "table-empty": (ValueError, r"bias.table must have shape \(buckets, 2\)", {"bias": (torch.ones(0, 2), LUT)}),
     "lut-dtype": (TypeError, "bias.lut must be int16 or int32", {"bias": (torch.ones(4, 2), LUT.long())}),
     "lut-even": (ValueError, "bias.lut must have an odd length", {"bias": (torch.ones(4, 2), LUT[:4])}),
     "lut-values": (ValueError, "bias.lut must hold buckets 0..3", {"bias": (torch.ones(4, 2), LUT + 4)}),

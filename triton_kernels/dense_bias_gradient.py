@@ -33,11 +33,8 @@ def dense_bias_gradient_kernel(
     tiles_q, tiles_k = tl.cdiv(bias_q, BM), tl.cdiv(bias_k, BN)
     slice_, tile = tl.program_id(0) // (tiles_q * tiles_k), tl.program_id(0) % (tiles_q * tiles_k)
     row, key = tile // tiles_k * BM, tile % tiles_k * BN
-    split, first_head, first_sequence = (
-        slice_ // (bias_batch * bias_heads),
-        slice_ % bias_heads,
-        slice_ // bias_heads % bias_batch,
-    )
+    split = slice_ // (bias_batch * bias_heads)
+    first_head, first_sequence = slice_ % bias_heads, slice_ // bias_heads % bias_batch
     # Sharers are pairs of a sequence and a head: all of either, or the one that this slice of the bias belongs to.
     heads, sequences = tl.where(bias_heads == 1, HEADS, 1), tl.where(bias_batch == 1, batch, 1)
     share = tl.cdiv(heads * sequences, splits)
