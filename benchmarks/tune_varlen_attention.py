@@ -12,9 +12,13 @@ import torch
 
 from benchmarks.bench_varlen_attention import GPU_SHAPES, make_inputs
 from benchmarks.timing import copies, graph_times
-from flowattn.triton_kernels import varlen_attention as kernels
+from flowattn.triton_kernels import varlen_attention, varlen_attention_bwd
 
-CONFIGS = {"fwd": "forward_config", "dq": "dq_config", "dkv": "dkv_config"}
+CONFIGS = {
+    "fwd": (varlen_attention, "forward_config"),
+    "dq": (varlen_attention_bwd, "dq_config"),
+    "dkv": (varlen_attention_bwd, "dkv_config"),
+}
 STAGES = {"fwd": (1, 2, 3, 4), "dq": (1, 2, 3), "dkv": (1, 2, 3)}
 
 
@@ -32,13 +36,13 @@ def calls(kernel, shape, config, count=None):
     sets = [[x.clone() for x in (q, k, v, grad)] for _ in range(count)]
     longest, scale, right = batch.max_seqlen, q.shape[2] ** -0.5, 0 if batch.causal else -1
     offsets = (batch.cu_seqlens, batch.cu_seqlens, batch.plan.tiles, longest, longest, scale, -1, right, False)
-    setattr(kernels, CONFIGS[kernel], lambda *args: config)
+    setattr(*CONFIGS[kernel], lambda *args: config)
     if kernel == "fwd":
-        return [lambda x=x: kernels.varlen_attention_fwd(*x[:3], *offsets) for x in sets]
-    saved = [kernels.varlen_attention_fwd(*x[:3], *offsets) for x in sets]
+        return [lambda x=x: varlen_attention.varlen_attention_fwd(*x[:3], *offsets) for x in sets]
+    saved = [varlen_attention.varlen_attention_fwd(*x[:3], *offsets) for x in sets]
 
     def backward(x, out, lse):
-        return kernels.varlen_attention_bwd(x[3], None, *x[:3], out, lse, *offsets, False)
+        return varlen_attention_bwd.varlen_attention_bwd(x[3], None, *x[:3], out, lse, *offsets, False)
 
     return [lambda x=x, s=s: backward(x, *s) for x, s in zip(sets, saved)]
 
@@ -46,7 +50,7 @@ def calls(kernel, shape, config, count=None):
 def compile_one(job):
     """Fill Triton's cache in a process of its own; a shape that does not fit the chip is reported, not tuned."""
     kernel, shape, config = job
-    before = getattr(kernels, CONFIGS[kernel])
+    before = getattr(*CONFIGS[kernel])
     try:
         calls(kernel, shape, config, count=1)[0]()
         torch.cuda.synchronize()
@@ -54,18 +58,18 @@ def compile_one(job):
     except Exception:  # out of shared memory or registers
         return None
     finally:
-        setattr(kernels, CONFIGS[kernel], before)
+        setattr(*CONFIGS[kernel], before)
 
 
 def time_one(kernel, shape, config):
-    before = getattr(kernels, CONFIGS[kernel])
+    before = getattr(*CONFIGS[kernel])
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run = calls(kernel, shape, config)
         for call in run:
             call()
         median = graph_times(run, budget=0.05).median
-    setattr(kernels, CONFIGS[kernel], before)
+    setattr(*CONFIGS[kernel], before)
     return median
 
 

@@ -72,6 +72,8 @@ CASES = [
     Case("dv-smaller", [5, 66, 20], d=40, dv=8, options=CAUSAL),
     Case("long-among-tiny", [1] * 20 + [700] + [1] * 30, heads=1, heads_kv=1),
     Case("scale", [5, 66], options={"scale": 0.7}),
+    Case("scale-negative", [5, 66], options={"scale": -0.7}),
+    Case("scale-zero", [5, 66], options={"scale": 0.0} | CAUSAL, interpreted=True),
 ]
 WIDTHS = [8, 16, 32, 40, 64, 72, 80, 96, 111, 128, 192, 256]
 
@@ -271,6 +273,17 @@ def test_scores_beyond_half_precision(backend, place):
     got = run(x)
     check({"lse": got.pop("lse")}, exact(x), plain, F32)
     check(got, exact(x), sdpa_loop(x), F16)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"], indirect=True)
+def test_one_key_of_a_large_score(backend, dtype, place):
+    """P is 1, and no rounding of a score in the thousands shows: the output is v, and the gradient of v that of out."""
+    x = make(Case("", [1] * 40, d=64), dtype, place)
+    x = x._replace(q=x.q * 34, k=x.k * 34)
+    got = run(x)
+    assert 2000 < got["lse"].abs().max() < 4096
+    assert torch.equal(got["out"], x.v) and torch.equal(got["dv"], x.dout)
 
 
 def strided(x, layout):

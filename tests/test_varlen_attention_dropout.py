@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from test_varlen_attention import BF16, F16, F32, F64, Case, check, exact, make, offsets, run, same_bits
-from test_varlen_attention_scores import make_options
+from test_varlen_attention_scores import FEW, kernels, make_options
 
 import flowattn as fa
 from flowattn.reference.dropout import dropout_threshold, keep_mask, philox4x32
-from flowattn.reference.varlen_attention import attend, visible
+from flowattn.reference.varlen_attention import attend, position_bias, visible
 
-BACKENDS = ["reference", "cpu"]
+KERNELS = ["cpu", "triton"]
+BACKENDS = ["reference", *KERNELS]
 
 
 def seeded(seed, function, *args, **options):
@@ -20,10 +21,10 @@ def seeded(seed, function, *args, **options):
     return function(*args, **options)
 
 
-def drawn(seed):
+def drawn(seed, device="cpu"):
     """The rng tensor that the next call draws after manual_seed(seed)."""
     torch.manual_seed(seed)
-    return torch.randint(2**63 - 1, (2,))
+    return torch.randint(2**63 - 1, (2,), device=device)
 
 
 def philox_of_ints(counter, key):
@@ -67,13 +68,29 @@ def test_reference_mask_against_ints():
     assert dropout_threshold(0.25) == 2**30 and dropout_threshold(1 - 2**-40) == 2**32 - 1
 
 
+def test_philox_of_triton(device):
+    """Bit for bit, with seeds and offsets of all 63 bits and coordinates of all 31."""
+    pytest.importorskip("triton")
+    from triton_dropout_words import words_kernel
+
+    for rng, row, key, stream in (((0, 0), 0, 0, 0), ((2**63 - 2, 2**63 - 1), 2**31 - 65, 2**31 - 64, 2**31 - 1)):
+        rng = torch.tensor(rng, device=device)
+        words = torch.empty(64, 32, dtype=torch.int32, device=device)
+        words_kernel[(1,)](words, rng, row, key, stream, 64, 32)
+        i, group = torch.arange(row, row + 64, device=device), torch.arange(key // 4, key // 4 + 8, device=device)
+        seed = (rng[0] & 0xFFFFFFFF, rng[0] >> 32)
+        want = torch.broadcast_tensors(*philox4x32((group, i[:, None], stream, rng[1] & 0xFFFFFFFF), seed))
+        assert torch.equal(words.long() & 0xFFFFFFFF, torch.stack(want, -1).flatten(-2))
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_against_loops(backend):
+def test_against_loops(backend, place):
     """One number at a time: softmax over all keys, then the mask, then the values; the LSE knows nothing of it."""
     lq, lk, heads, p = [3, 0, 5, 2], [6, 2, 9, 0], 4, 0.4
-    q, k, v = (torch.randn(sum(n), h, 3, dtype=F64) for n, h in ((lq, heads), (lk, 2), (lk, 2)))
-    cu_q, cu_k = offsets(lq, "cpu"), offsets(lk, "cpu")
-    rng = drawn(1).tolist()
+    dtype, tolerance = (F32, 1e-6) if backend == "triton" else (F64, 1e-12)
+    q, k, v = (torch.randn(sum(n), h, 3, device=place, dtype=dtype) for n, h in ((lq, heads), (lk, 2), (lk, 2)))
+    cu_q, cu_k = offsets(lq, place), offsets(lk, place)
+    rng = drawn(1, place).tolist()
     out, lse = seeded(1, fa.varlen_attention, q, k, v, cu_q, cu_k, dropout_p=p, return_lse=True)
     want = torch.zeros_like(out)
     for b, h in itertools.product(range(4), range(heads)):
@@ -84,74 +101,89 @@ def test_against_loops(backend):
             for j, s in enumerate(scores):
                 if keep_of_ints(rng, p, b, h, i, j, heads):
                     want[q0 + i, h] += math.exp(s) / total / (1 - p) * v[k0 + j, h // 2]
-    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out, want, rtol=tolerance, atol=tolerance)
     assert torch.equal(lse, fa.varlen_attention(q, k, v, cu_q, cu_k, return_lse=True)[1])
 
 
 def plain_torch(q, k, v, cu_q, cu_k, *, dropout_p, window, causal, softcap, alibi_slopes, bias, return_lse):
     """The formula in the dtype of the inputs throughout, with the mask of the reference."""
-    rng, results = torch.randint(2**63 - 1, (2,)), []
+    rng, results = torch.randint(2**63 - 1, (2,), device=q.device), []
     for b, (a, e, c, d) in enumerate(zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), cu_k[:-1].tolist(), cu_k[1:].tolist())):
         lq, lk, heads = e - a, d - c, q.shape[1]
-        distance = torch.arange(lk) - torch.arange(lq)[:, None] - (lk - lq)
-        added = bias[:, :lq, :lk].to(q.dtype) - (alibi_slopes[b][:, None, None] * distance.abs()).to(q.dtype)
+        added = position_bias(b, lq, lk, lk - lq, q.dtype, q.device, alibi_slopes, bias, None, None)
         factors = keep_mask(rng, dropout_p, b, heads, lq, lk).to(q.dtype) / (1 - dropout_p)
-        keep = visible(lq, lk, window[0], 0 if causal else window[1], False)
+        keep = visible(lq, lk, window[0], 0 if causal else window[1], False, q.device)
         scale = q.shape[-1] ** -0.5
         results.append(attend(q[a:e], k[c:d], v[c:d], keep, scale, softcap=softcap, bias=added, dropout=factors))
     outs, lses = zip(*results)
     return torch.cat(outs), torch.cat(lses, 1)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64], ids=lambda dtype: str(dtype)[6:])
-def test_against_float64(native, dtype):
+@pytest.mark.parametrize("backend, dtype, kind", kernels([F32, F16, BF16, F64], ["dense-b"]), indirect=["backend"])
+def test_against_float64(backend, dtype, kind, place):
     """Dropout, GQA, window and every score option together, over several tiles."""
     case = Case("", [5, 66, 0, 20, 301], [7, 66, 3, 0, 290], heads=4, heads_kv=2, d=16)
-    options = make_options(case, "dense-b") | {"causal": True, "window": (200, -1), "dropout_p": 0.3}
-    x = make(case, dtype, "cpu")
-    with fa.use_backend("cpu"):
-        got = seeded(5, run, x, **options)
+    case, window = (FEW, 40) if (backend, place) == ("triton", "cpu") else (case, 200)
+    options = make_options(case, kind, device=place) | {"causal": True, "window": (window, -1), "dropout_p": 0.3}
+    x = make(case, dtype, place)
+    got = seeded(5, run, x, **options)
     check(got, seeded(5, exact, x, **options), seeded(5, run, x, plain_torch, **options), dtype)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_kept_fraction(native, p):
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_kept_fraction(backend, p, place):
     """Uniform probabilities and values of 1: the output is the kept fraction over 1 - p."""
-    q, v = torch.zeros(600, 4, 8), torch.ones(600, 4, 1)
-    out = fa.varlen_attention(q, q, v, offsets([300, 300], "cpu"), dropout_p=p)
+    length = 100 if (backend, place) == ("triton", "cpu") else 300
+    q, v = torch.zeros(2 * length, 4, 8, device=place), torch.ones(2 * length, 4, 1, device=place)
+    out = fa.varlen_attention(q, q, v, offsets([length, length], place), dropout_p=p)
     assert abs(out.mean() * (1 - p) - (1 - p)) < 0.01
-    rows = out.flatten() * (1 - p) * 300  # kept keys of each row: binomial
-    assert abs(rows.std() / (300 * p * (1 - p)) ** 0.5 - 1) < 0.1
+    rows = out.flatten() * (1 - p) * length  # kept keys of each row: binomial
+    assert abs(rows.std() / (length * p * (1 - p)) ** 0.5 - 1) < 0.1
 
 
-def kept(lengths, heads, p=0.5, **options):
+def kept(lengths, heads, device, p=0.5, **options):
     """(H, L, L) bools of the last sequence: which probabilities took part, read off one-hot values."""
     total, length = sum(lengths), lengths[-1]
-    q = torch.zeros(total, heads, 4)
-    v = torch.zeros(total, heads, length)
-    v[total - length :] = torch.eye(length)[:, None]
-    out = fa.varlen_attention(q, q, v, offsets(lengths, "cpu"), dropout_p=p, **options)
+    q = torch.zeros(total, heads, 4, device=device)
+    v = torch.zeros(total, heads, length, device=device)
+    v[total - length :] = torch.eye(length, device=device)[:, None]
+    out = fa.varlen_attention(q, q, v, offsets(lengths, device), dropout_p=p, **options)
     return out[total - length :].transpose(0, 1) > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_mask_depends_on_coordinates_alone(backend):
+def test_mask_depends_on_coordinates_alone(backend, place):
     """Other lengths before the sequence, and so other tiles and rows, change no bit; other seeds and batches do."""
-    want = seeded(7, kept, [3, 0, 150], 2)
-    assert torch.equal(want, keep_mask(drawn(7), 0.5, 2, 2, 150, 150))
-    assert torch.equal(seeded(7, kept, [301, 17, 150], 2), want)
-    assert torch.equal(seeded(7, kept, [1, 1, 70], 2), want[:, :70, :70])
-    windowed = seeded(7, kept, [9, 9, 150], 2, window=(40, 13))
-    assert torch.equal(windowed, want & visible(150, 150, 40, 13, False))
-    for other in (seeded(8, kept, [3, 0, 150], 2), seeded(7, kept, [3, 150], 2)):
+    long = 70 if (backend, place) == ("triton", "cpu") else 150
+    want = seeded(7, kept, [3, 0, long], 2, place)
+    assert torch.equal(want, keep_mask(drawn(7, place), 0.5, 2, 2, long, long))
+    assert torch.equal(
+        seeded(7, kept, [3, 0, long], 2, place, 0.123), keep_mask(drawn(7, place), 0.123, 2, 2, long, long)
+    )
+    assert torch.equal(seeded(7, kept, [97, 17, long], 2, place), want)
+    assert torch.equal(seeded(7, kept, [1, 1, 40], 2, place), want[:, :40, :40])
+    windowed = seeded(7, kept, [9, 9, long], 2, place, window=(40, 13))
+    assert torch.equal(windowed, want & visible(long, long, 40, 13, False, place))
+    for other in (seeded(8, kept, [3, 0, long], 2, place), seeded(7, kept, [3, long], 2, place)):
         assert 0.45 < (other == want).float().mean() < 0.55
     assert 0.45 < (want[0] == want[1]).float().mean() < 0.55  # heads are independent
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_tile_shapes_change_no_bit_of_the_mask(backend, place, monkeypatch):
+    from flowattn.triton_kernels import varlen_attention as kernels
+
+    want = seeded(7, kept, [3, 50], 2, place)
+    for config in ((16, 64, 4, 1), (64, 16, 4, 1)):
+        monkeypatch.setattr(kernels, "forward_config", lambda *args, config=config: config)
+        assert torch.equal(seeded(7, kept, [3, 50], 2, place), want)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_replay(backend):
+def test_replay(backend, place):
     """manual_seed repeats outputs and gradients; each call draws anew, and explain draws nothing."""
-    x = make(Case("", [5, 66, 20]), F32, "cpu")
+    x = make(Case("", [5, 36, 20]), F32, place)
     first, second = seeded(2, run, x, dropout_p=0.2), run(x, dropout_p=0.2)
     assert not torch.equal(first["out"], second["out"])
     torch.manual_seed(2)
@@ -171,15 +203,15 @@ def test_threads_change_no_bit(native):
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_p_0_is_no_dropout(backend):
-    x = make(Case("", [5, 66, 20]), F32, "cpu")
+def test_p_0_is_no_dropout(backend, place):
+    x = make(Case("", [5, 36, 20]), F32, place)
     state = torch.get_rng_state()
     same_bits(run(x, dropout_p=0.0, softcap=2.0), run(x, softcap=2.0))
     same_bits(run(x, dropout_p=0.0), run(x))
     assert torch.equal(torch.get_rng_state(), state)  # and no number is drawn
 
 
-@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 def test_gradcheck(backend):
     """The backward pass drops what the forward pass dropped: dropout, GQA, window and bias together."""
     x = make(Case("", [3, 0, 2, 1], [2, 2, 4, 0], heads=2, heads_kv=1, d=3, dv=2), F64, "cpu")
@@ -195,7 +227,8 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(fixed, [t.requires_grad_() for t in (*x[:3], bias)])
 
 
-def test_compile(native):
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_compile(backend, place):
     compiled = torch.compile(fa.varlen_attention, fullgraph=True, backend="aot_eager")
-    x = make(Case("", [3, 17]), F32, "cpu")
+    x = make(Case("", [3, 17]), F32, place)
     same_bits(seeded(6, run, x, compiled, dropout_p=0.5), seeded(6, run, x, dropout_p=0.5))

@@ -8,17 +8,34 @@ import sys
 
 import pytest
 import torch
-from test_varlen_attention import BF16, F16, F32, F64, FACTOR, Case, check, loops, make, offsets
+from test_varlen_attention import BF16, F16, F32, F64, FACTOR, Case, check, loops, make, offsets, runnable
 
 import flowattn as fa
+from flowattn import _native
 from flowattn._library import op
 from flowattn.reference.varlen_attention import attend, position_bias, visible
 
+GPU = torch.cuda.is_available()
 # "dense" is a bias of every sequence and head; "-b", "-h" and "-bh" share it between sequences, heads, or both.
 BIASES = ["none", "dense", "dense-b", "dense-h", "dense-bh", "relative"]
 FACTORS = FACTOR | {"dbias": FACTOR["dq"]}
+KERNELS = ["cpu", "triton"]
 LENGTHS = [5, 66, 0, 20, 301], [7, 66, 3, 0, 290]
 MASK = {"causal": True, "window": (200, -1)}
+FEW = Case(
+    "", [5, 66, 0, 3], [7, 70, 3, 0], heads=2, heads_kv=1, d=16, interpreted=True
+)  # two tiles of the interpreter
+
+
+def kernels(dtypes, *parameters):
+    """pytest parameters (backend, dtype, *one of each further list) for the kernels; the interpreter takes 16-bit
+    floats, whose code is that of float32, with a few kinds of bias only."""
+    return [
+        pytest.param(backend, dtype, *rest, id="-".join((backend, str(dtype)[6:], *map(str, rest))))
+        for backend, dtype, *rest in itertools.product(KERNELS, dtypes, *parameters)
+        if runnable(backend, FEW, dtype)
+        and (GPU or (backend, dtype) != ("triton", F16) or rest[0] in ("dense-b", "relative"))
+    ]
 
 
 def make_bias(kind, case, dtype=F32, device="cpu"):
@@ -27,7 +44,7 @@ def make_bias(kind, case, dtype=F32, device="cpu"):
     if kind == "none":
         return None
     if kind == "relative":
-        return fa.RelativeBias.t5(torch.randn(16, heads, dtype=F64, device=device).to(dtype), 60, max_distance=50)
+        return fa.RelativeBias.t5(torch.randn(12, heads, dtype=F64, device=device).to(dtype), 60, max_distance=50)
     shape = {
         "dense": (batch, heads, lq, lk), "dense-b": (heads, lq, lk), "dense-h": (batch, 1, lq, lk),
         "dense-bh": (1, 1, lq, lk),
@@ -81,43 +98,41 @@ def check_all(got, want, plain, dtype):
         check(*renamed, dtype)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16, F64], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("kind", BIASES)
-def test_against_float64(native, kind, dtype):
+@pytest.mark.parametrize("backend, dtype, kind", kernels([F32, F16, BF16, F64], BIASES), indirect=["backend"])
+def test_against_float64(backend, kind, dtype, place):
     """All options at once over several tiles of queries and keys, unequal lengths, GQA, a causal window."""
-    case = Case("", *LENGTHS, heads=4, heads_kv=2, d=16)
-    x, options = make(case, dtype, "cpu"), make_options(case, kind, dtype) | MASK
-    with fa.use_backend("cpu"):
-        got = run(x, **options)
-    check_all(got, exact(x, **options), run(x, plain_torch, **options), dtype)
+    interpreted = backend == "triton" and not GPU
+    case = FEW if interpreted else Case("", *LENGTHS, heads=4, heads_kv=2, d=16)
+    x, options = make(case, dtype, place), make_options(case, kind, dtype, place) | MASK
+    options |= {"window": (40, -1)} if interpreted else {}
+    check_all(run(x, **options), exact(x, **options), run(x, plain_torch, **options), dtype)
 
 
 @pytest.mark.parametrize("single", ["softcap", "alibi_slopes", "bias"])
-@pytest.mark.parametrize("kind", ["dense-b", "relative"])
-def test_options_one_at_a_time(native, single, kind):
-    case = Case("", [5, 70, 20], heads=2)
-    options = make_options(case, kind)
+@pytest.mark.parametrize("backend, dtype, kind", kernels([F32], ["dense-b", "relative"]), indirect=["backend"])
+def test_options_one_at_a_time(backend, single, dtype, kind, place):
+    case = Case("", [5, 36], heads=2)
+    options = make_options(case, kind, device=place)
     options = {n: t if n == single else (0.0 if n == "softcap" else None) for n, t in options.items()}
     options |= {"causal": False, "window": (-1, -1)}
-    x = make(case, F32, "cpu")
-    with fa.use_backend("cpu"):
-        got = run(x, **options)
-    check_all(got, exact(x, **options), run(x, plain_torch, **options), F32)
+    x = make(case, dtype, place)
+    check_all(run(x, **options), exact(x, **options), run(x, plain_torch, **options), dtype)
 
 
-def test_softcap_of_small_and_large_scores(native):
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_softcap_of_small_and_large_scores(backend, place):
     """tanh keeps the relative precision of small scores, and large ones neither overflow nor lose their sign."""
-    q = torch.tensor([1e-6, -1e-3, 0.3, -4.0, 1e3, -1e30])[:, None, None]
-    k = v = torch.ones(6, 1, 1)
-    cu = torch.arange(7, dtype=torch.int32)  # one key each: the LSE is the score
-    with fa.use_backend("cpu"):
-        _, lse = fa.varlen_attention(q, k, v, cu, scale=1.0, softcap=5.0, return_lse=True)
+    q = torch.tensor([1e-6, -1e-3, 0.3, -4.0, 1e3, -1e30], device=place)[:, None, None]
+    k = v = torch.ones(6, 1, 1, device=place)
+    cu = torch.arange(7, dtype=torch.int32, device=place)  # one key each: the LSE is the score
+    _, lse = fa.varlen_attention(q, k, v, cu, scale=1.0, softcap=5.0, return_lse=True)
     want = 5 * torch.tanh(q.double() / 5).flatten()
     torch.testing.assert_close(lse[0].double(), want, rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize("top_left", [False, True], ids=["bottom_right", "top_left"])
-def test_relative_bias_against_loops(top_left):
+@pytest.mark.parametrize("backend", ["reference", *KERNELS], indirect=True)
+def test_relative_bias_against_loops(backend, top_left, place):
     """Distances beyond the LUT count as its ends, and the shift of the mask is that of the distances."""
     lq, lk = [3, 0, 5, 2], [4, 2, 9, 0]
     q, k, v = (torch.randn(sum(n), h, 3, dtype=F64) for n, h in ((lq, 4), (lk, 2), (lk, 2)))
@@ -127,14 +142,14 @@ def test_relative_bias_against_loops(top_left):
         distance = j - i - (0 if top_left else lk[b] - lq[b])
         dense[b, h, i, j] = table[lut[min(max(distance, -2), 2) + 2], h]
     want_out, want_lse = loops(q, k, v, lq, lk, 3**-0.5, -1, 1, top_left, softcap=2.0, bias=dense)
-    for backend in ("reference", "cpu"):
-        with fa.use_backend(backend):
-            out, lse = fa.varlen_attention(
-                q, k, v, offsets(lq, "cpu"), offsets(lk, "cpu"), softcap=2.0, bias=fa.RelativeBias(table, lut),
-                window=(-1, 1), causal_align="top_left" if top_left else "bottom_right", return_lse=True,
-            )  # fmt: skip
-        torch.testing.assert_close(out, want_out, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-12)
+    dtype, tolerance = (F32, 2e-6) if backend == "triton" else (F64, 1e-12)
+    q, k, v, table = (t.to(place, dtype) for t in (q, k, v, table))
+    out, lse = fa.varlen_attention(
+        q, k, v, offsets(lq, place), offsets(lk, place), softcap=2.0, bias=fa.RelativeBias(table, lut.to(place)),
+        window=(-1, 1), causal_align="top_left" if top_left else "bottom_right", return_lse=True,
+    )  # fmt: skip
+    torch.testing.assert_close(out.cpu().double(), want_out, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.cpu().double(), want_lse, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["encoder", "decoder"])
@@ -183,44 +198,96 @@ def test_gradcheck(backend, kind):
     assert torch.autograd.gradcheck(finite, [t.requires_grad_() for t in (*x[:3], learned)])
 
 
-@pytest.mark.parametrize("kind", ["dense", "dense-b", "relative"])
-def test_bias_alone_requires_grad(native, kind):
-    case = Case("", [5, 70], heads=2)
-    x, options = make(case, F32, "cpu"), make_options(case, kind)
-    with fa.use_backend("cpu"):
-        want = run(x._replace(dlse=torch.zeros_like(x.dlse)), **options)["dbias"]
-        bias = options.pop("bias")
-        learned = (bias.table if kind == "relative" else bias).detach().requires_grad_()
-        given = bias._replace(table=learned) if kind == "relative" else learned
-        out = fa.varlen_attention(*x[:3], x.cu_q, bias=given, **options)
-        assert torch.equal(torch.autograd.grad(out, learned, x.dout)[0], want)
-        q = x.q.detach().requires_grad_()  # and the reverse: no gradient of the bias is computed
-        (dq,) = torch.autograd.grad(fa.varlen_attention(q, *x[1:3], x.cu_q, bias=bias, **options), q, x.dout)
+@pytest.mark.parametrize("backend, dtype, kind", kernels([F32], ["dense", "dense-b", "relative"]), indirect=["backend"])
+def test_bias_alone_requires_grad(backend, dtype, kind, place):
+    case = Case("", [5, 20], heads=2)
+    x, options = make(case, dtype, place), make_options(case, kind, device=place)
+    want = run(x._replace(dlse=torch.zeros_like(x.dlse)), **options)["dbias"]
+    bias = options.pop("bias")
+    learned = (bias.table if kind == "relative" else bias).detach().requires_grad_()
+    given = bias._replace(table=learned) if kind == "relative" else learned
+    out = fa.varlen_attention(*x[:3], x.cu_q, bias=given, **options)
+    assert torch.equal(torch.autograd.grad(out, learned, x.dout)[0], want)
+    q = x.q.detach().requires_grad_()  # and the reverse: no gradient of the bias is computed
+    (dq,) = torch.autograd.grad(fa.varlen_attention(q, *x[1:3], x.cu_q, bias=bias, **options), q, x.dout)
     assert dq.any()
 
 
 @pytest.mark.parametrize("layout", ["expanded", "keys-first", "every-other", "expanded-keys"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
-def test_bias_strides(native, layout, dtype):
+@pytest.mark.parametrize(
+    "backend, dtype", [("cpu", F32), ("cpu", BF16), ("triton", F32)], indirect=["backend"], ids=str
+)
+def test_bias_strides(backend, layout, dtype, place):
     """Any strides give the bits of a contiguous bias; the gradient of an expanded one is summed by expand itself."""
-    case = Case("", [5, 66, 20], heads=2)
-    x = make(case, dtype, "cpu")
+    case = Case("", [5, 0, 34], heads=2)
+    x = make(case, dtype, place)
     base = {
-        "expanded": torch.randn(1, 1, 70, 70), "keys-first": torch.randn(3, 2, 70, 70),
-        "every-other": torch.randn(3, 4, 140, 140), "expanded-keys": torch.randn(3, 1, 1, 70),
-    }[layout].to(dtype)  # fmt: skip
+        "expanded": torch.randn(1, 1, 40, 40), "keys-first": torch.randn(3, 2, 40, 40),
+        "every-other": torch.randn(3, 4, 80, 80), "expanded-keys": torch.randn(3, 1, 1, 40),
+    }[layout].to(place, dtype)  # fmt: skip
     base.requires_grad_()
     bias = {
-        "expanded": lambda: base.expand(3, 2, 70, 70), "keys-first": lambda: base.mT,
-        "every-other": lambda: base[:, ::2, ::2, ::2], "expanded-keys": lambda: base.expand(3, 2, 70, 70),
+        "expanded": lambda: base.expand(3, 2, 40, 40), "keys-first": lambda: base.mT,
+        "every-other": lambda: base[:, ::2, ::2, ::2], "expanded-keys": lambda: base.expand(3, 2, 40, 40),
     }[layout]()  # fmt: skip
     dense = bias.detach().contiguous().requires_grad_()
-    with fa.use_backend("cpu"):
-        out, want = (fa.varlen_attention(*x[:3], x.cu_q, bias=b) for b in (bias, dense))
+    out, want = (fa.varlen_attention(*x[:3], x.cu_q, bias=b) for b in (bias, dense))
     assert torch.equal(out, want)
     (dense_grad,) = torch.autograd.grad(want, dense, x.dout)
     (got,) = torch.autograd.grad(out, base, x.dout)
     assert torch.equal(got, torch.autograd.grad(bias, base, dense_grad)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense-b", "dense-bh", "relative"])
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_gradients_repeat_bitwise(backend, kind, place):
+    """Also where sequences and heads share a bias: its sums have one order."""
+    case = Case("", *LENGTHS, heads=4, heads_kv=2, d=16)
+    x, options = make(case, F32, place), make_options(case, kind, device=place)
+    first = run(x, deterministic=True, **options)
+    for _ in range(50):
+        again = run(x, deterministic=True, **options)
+        for name in FACTORS:
+            assert torch.equal(again[name], first[name]), name
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_bias_smaller_than_a_sequence(backend, place):
+    """Triton cannot check what only the device knows: nothing beyond the bias is read or written: it counts as 0."""
+    x, dense = make(Case("", [5, 20]), F32, place), torch.randn(2, 20, 20, device=place)
+    dense[:, 9:], dense[:, :, 13:] = 0, 0
+    small = run(x, bias=dense[:, :9, :13].contiguous())
+    whole = run(x, bias=dense)
+    whole["dbias"] = whole["dbias"][:, :9, :13]
+    for name in FACTORS:
+        assert torch.equal(small[name], whole[name]), name
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_sharers_of_a_bias(backend, place, monkeypatch):
+    """One program for a tile of the bias, or several that divide those who share it: the same sums."""
+    from flowattn.triton_kernels import dense_bias_gradient
+
+    case = Case("", [5, 9, 0, 3], heads=3, heads_kv=3)
+    x, options, results = make(case, F32, place), make_options(case, "dense-bh", device=place), []
+    for programs in (1, 5, 512):  # 12 sharers in shares of 12, 3 and 1
+        monkeypatch.setattr(dense_bias_gradient, "PROGRAMS", programs)
+        results.append(run(x, **options)["dbias"])
+    torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(results[1], results[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_bucket_for_each_distance(backend, place):
+    """A table of many buckets, none of which another distance shares, and a lut of 32-bit integers."""
+    case, reach = Case("", [5, 36], [40, 9], heads=2, d=8), 300
+    table = torch.randn(2 * reach + 1, 2, device=place)
+    bias = fa.RelativeBias(table, torch.arange(2 * reach + 1, dtype=torch.int32, device=place))
+    x, options = make(case, F32, place), {"softcap": 0.0, "alibi_slopes": None, "causal": False, "window": (-1, 9)}
+    got, want = run(x, bias=bias, **options), exact(x, bias=bias, **options)
+    check_all(got, want, run(x, plain_torch, bias=bias, **options), F32)
+    assert torch.equal(got["dbias"].any(1), want["dbias"].any(1)), "a distance that no pair has"
 
 
 @pytest.mark.parametrize("kind", BIASES[1:])
@@ -236,21 +303,21 @@ def test_threads_change_no_bit(native, kind):
         assert torch.equal(results[0][name], results[1][name]), name
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
-def test_no_sequences_and_rows_beyond(backend):
+@pytest.mark.parametrize("backend", ["reference", *KERNELS], indirect=True)
+def test_no_sequences_and_rows_beyond(backend, place):
     """Empty batches have gradients, zeros; minus infinity in a bias hides a key, and a row without keys gives 0."""
-    q = torch.randn(3, 2, 4, requires_grad=True)
-    bias = torch.zeros(2, 2, 2)
+    q = torch.randn(3, 2, 4, device=place, requires_grad=True)
+    bias, slopes = torch.zeros(2, 2, 2, device=place), torch.rand(1, 2, device=place)
     bias[:, 1] = -math.inf
     bias.requires_grad_()
-    out, lse = fa.varlen_attention(q, q, q, offsets([2], "cpu"), bias=bias, return_lse=True)
+    out, lse = fa.varlen_attention(q, q, q, offsets([2], place), bias=bias, alibi_slopes=slopes, return_lse=True)
     assert not out[1:].any() and (lse[:, 1:] == -math.inf).all() and out[0].all()
     grads = torch.autograd.grad(out.sum(), (q, bias))
     assert all(g.isfinite().all() for g in grads) and not grads[1][:, 1].any() and not grads[0][2].any()
-    for learned in (torch.randn(2, 2, 2), torch.randn(8, 2)):
-        learned.requires_grad_()
+    for learned, rows in itertools.product((torch.randn(2, 2, 2), torch.randn(8, 2)), (3, 0)):
+        learned, x = learned.to(place).requires_grad_(), q[:rows]
         given = learned if learned.dim() == 3 else fa.RelativeBias.t5(learned, 4)
-        out = fa.varlen_attention(q, q, q, offsets([], "cpu"), bias=given)
+        out = fa.varlen_attention(x, x, x, offsets([], place), bias=given, softcap=1.0)
         (grad,) = torch.autograd.grad(out.sum(), learned)
         assert grad.shape == learned.shape and not grad.any()
 
@@ -284,36 +351,42 @@ for dtype, kind in itertools.product((t.F32, t.F16, t.BF16, t.F64), ("dense-b", 
 # --- torch integration and errors
 
 
-@pytest.mark.parametrize("kind", BIASES)
-def test_opcheck(native, kind):
-    case = Case("", [3, 0, 17], heads=2)
-    x, bias = make(case, F32, "cpu"), make_bias(kind, case)
+@pytest.mark.parametrize(
+    "backend, kind", [*(("cpu", kind) for kind in BIASES), ("triton", "dense-b")],
+    indirect=["backend"],
+)  # fmt: skip
+def test_opcheck(backend, kind, place):
+    case, twin = Case("", [3, 0, 5], heads=2), "_triton" * (backend == "triton")
+    x, bias = make(case, F32, place), make_bias(kind, case, device=place)
     table, lut = bias if kind == "relative" else (None, None)
     dense = bias[None] if kind == "dense-b" else None if kind in ("none", "relative") else bias
-    options, scores = (None, 17, 17, 0.3, 4, 0, False), (1.5, torch.rand(2), dense, table, lut, 0.2, torch.arange(2))
-    torch.library.opcheck(op("varlen_attention_fwd"), (*x[:5], *options, *scores))
-    out, lse = op("varlen_attention_fwd")(*x[:5], *options, *scores)
-    for want in (False, True):
+    slopes, rng = torch.rand(2, device=place), torch.arange(2, device=place)
+    options, scores = (None, 5, 5, 0.3, 4, 0, False), (1.5, slopes, dense, table, lut, 0.2, rng)
+    torch.library.opcheck(op(f"varlen_attention_fwd{twin}"), (*x[:5], *options, *scores))
+    out, lse = op(f"varlen_attention_fwd{twin}")(*x[:5], *options, *scores)
+    for want in (True,) if twin else (False, True):  # the interpreter is slow
         backward = (x.dout, x.dlse, *x[:3], out, lse, x.cu_q, x.cu_k, *options, True, *scores, want)
-        torch.library.opcheck(op("varlen_attention_bwd"), backward)
+        torch.library.opcheck(op(f"varlen_attention_bwd{twin}"), backward)
 
 
-@pytest.mark.parametrize("kind", ["dense-b", "relative"])
-def test_compile(native, kind):
+@pytest.mark.parametrize(
+    "backend, kind", [("cpu", "dense-b"), ("cpu", "relative"), ("triton", "relative")], indirect=["backend"]
+)
+def test_compile(backend, kind, place):
     torch._dynamo.reset()
     compiled = torch.compile(fa.varlen_attention, fullgraph=True, backend="aot_eager")
-    for lengths in ([3, 17], [5, 2, 9], [1, 4, 7, 2]):  # the second and third with symbolic sizes
+    for lengths in ([3, 7], [5, 2, 9], [1, 4]):  # the second and third with symbolic sizes
         case = Case("", lengths, heads=2)
-        x, options = make(case, F32, "cpu"), make_options(case, kind)
+        x, options = make(case, F32, place), make_options(case, kind, device=place)
         got, want = run(x, compiled, **options), run(x, **options)
         for name in FACTORS:
             assert torch.equal(got[name], want[name]), name
 
 
-def test_autocast_keeps_a_float32_bias(native):
-    case = Case("", [5, 20])
-    x, bias = make(case, F32, "cpu"), torch.randn(2, 20, 20, requires_grad=True)
-    with torch.autocast("cpu", BF16):
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_autocast_keeps_a_float32_bias(backend, place):
+    x, bias = make(Case("", [5, 20]), F32, place), torch.randn(2, 20, 20, device=place, requires_grad=True)
+    with torch.autocast(place, F16 if backend == "triton" else BF16):
         fa.varlen_attention(*x[:3], x.cu_q, bias=bias).float().sum().backward()
     assert bias.grad.dtype == F32 and bias.grad.any()
 
@@ -328,6 +401,7 @@ RULES = {
     "bias-dtype": (TypeError, "bias must be float32 or have the dtype of q", {"bias": torch.ones(2, 4, 4).double()}),
     "bias-rows": (ValueError, "bias must cover the longest sequences, 3 ", {"bias": torch.ones(2, 2, 3)}),
     "table": (ValueError, r"bias.table must have shape \(buckets, 2\)", {"bias": (torch.ones(4, 3), LUT)}),
+    "table-empty": (ValueError, r"bias.table must have shape \(buckets, 2\)", {"bias": (torch.ones(0, 2), LUT)}),
     "lut-dtype": (TypeError, "bias.lut must be int16 or int32", {"bias": (torch.ones(4, 2), LUT.long())}),
     "lut-even": (ValueError, "bias.lut must have an odd length", {"bias": (torch.ones(4, 2), LUT[:4])}),
     "lut-values": (ValueError, "bias.lut must hold buckets 0..3", {"bias": (torch.ones(4, 2), LUT + 4)}),
@@ -344,11 +418,18 @@ def test_rules(backend, rule):
         fa.varlen_attention(Q, Q, Q, CU, **options)
 
 
-def test_gpu_kernels_refuse(capsys):
-    assert fa.explain("varlen_attention", Q, Q, Q, CU, softcap=1.0) in ("cpu", "reference")
-    with pytest.raises(NotImplementedError, match="refuses: has no softcap, alibi_slopes, bias or dropout"):
-        with fa.use_backend("triton"):
-            fa.varlen_attention(Q, Q, Q, CU, softcap=1.0)
+def test_backends_that_take_score_options(device, capsys):
+    q, cu = Q.to(device), CU.to(device)
+    want = "triton" if GPU else "cpu" if _native.LOADED else "triton"
+    assert fa.explain("varlen_attention", q, q, q, cu, softcap=1.0, dropout_p=0.1) == want
+    assert "triton     refused" not in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+def test_cuda_kernel_refuses():
+    q = Q.cuda().half()
+    with fa.use_backend("cuda"), pytest.raises(NotImplementedError, match="has no softcap, alibi_slopes, bias or drop"):
+        fa.varlen_attention(q, q, q, CU.cuda(), softcap=1.0)
 
 
 def test_private_ops_check_what_protects_memory(native):

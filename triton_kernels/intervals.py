@@ -92,7 +92,7 @@ def owned_tile(
     cu, cu_other, tiles, batch, total, total_other, steps, HEADS: tl.constexpr, SELF: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(head, first row, start, length, start and length on the other side) of the BLOCK rows this program owns.
+    """(sequence, head, first row, start, length, start and length on the other side) of this program's BLOCK rows.
 
     Heads are neighbours, then the blocks of a tile. A first row past the length means that there is nothing to do.
     """
@@ -104,4 +104,4 @@ def owned_tile(
         start_other, length_other = start, tl.where(b == batch, 0, length)
     else:
         start_other, length_other = other_side(b, cu_other, batch, total_other)
-    return program % HEADS, row, start, length, start_other, length_other
+    return b, program % HEADS, row, start, length, start_other, length_other

@@ -3,36 +3,51 @@
 Measured with benchmarks/tune_varlen_attention.py on an NVIDIA H100 80GB HBM3, 2026-11-23 (bf16, widths 64 and 128;
 the other widths take the shape that fits their shared memory). A configuration is (BM query rows, BN keys, num_warps,
 num_stages). BN never depends on the longest sequence: no hint may change the order of the sums.
+
+`scored`: with softcap, biases or dropout. Those shapes are not measured: they are the largest that ptxas fits into the
+registers of compute capability 9.0 with next to nothing spilled, whatever the options.
 """
 
 import torch
 
 
-def forward_config(dtype, width, longest_k, masked):
+def forward_config(dtype, width, longest_k, masked, scored):
     if dtype == torch.float32:
         return (32, 32, 4, 1)  # the shape of the backward, whose scores must repeat the forward's to the last bit
     if width <= 64:
         return (64, 64, 4, 3)
+    if scored:
+        return (64, 32, 4, 3) if width <= 128 else (64, 32, 8, 2)
     if width <= 128:
         return (64, 64, 4, 3) if masked or longest_k <= 512 else (128, 64, 8, 3)
     return (64, 32, 4, 2)
 
 
-def dq_config(dtype, width, longest_k, masked):
+def dq_config(dtype, width, longest_k, masked, scored):
     if dtype == torch.float32:
         return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
     if width <= 64:
         return (64, 32, 4, 3)
+    if scored:
+        return (64, 32, 8, 2) if width <= 128 else (32, 32, 8, 1)
     if width <= 128:
         return (64, 64, 4, 2) if masked else (128, 64, 8, 3)
     return (64, 32, 8, 1)
 
 
-def dkv_config(dtype, width, longest_q, masked):
+def dkv_config(dtype, width, longest_q, masked, scored):
     if dtype == torch.float32:
         return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
+    if scored:
+        return (32, 64, 8, 1) if width <= 64 else (32, 32, 8, 1)
     if width <= 64:
         return (32, 64, 4, 1)
     if width <= 128:
         return (32, 64, 4, 2) if masked else (64, 128, 8, 3)
     return (32, 64, 8, 1)
+
+
+def dbias_config(dtype, width):
+    if dtype == torch.float32:
+        return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
+    return (64, 64, 4, 1) if width <= 64 else (64, 64, 8, 1) if width <= 128 else (64, 32, 8, 1)

@@ -95,7 +95,7 @@ TRITON_OPS = {
     f"{name}_{direction}": name
     for name in ("linear_attention", "selective_scan", "varlen_attention")
     for direction in ("fwd", "bwd")
-} | {"grid_retention_fwd": "grid_retention"}
+} | {"grid_retention_fwd": "grid_retention", "varlen_attention_bwd": "varlen_attention_bwd"}
 
 _LIB = torch.library.Library("flowattn", "DEF")
 

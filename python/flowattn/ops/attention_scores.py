@@ -136,7 +136,7 @@ def _slopes(op, q, batch, slopes):
 
 def _relative(op, q, bias):
     table, lut = bias
-    if table.dim() != 2 or table.shape[1] != q.shape[1]:
+    if table.dim() != 2 or table.shape[1] != q.shape[1] or table.shape[0] == 0:
         checks.fail(op, f"bias.table must have shape (buckets, {q.shape[1]})", tuple(table.shape))
     _dtype(op, "bias.table", table, q)
     _on_device(op, "bias.table", table, q)

@@ -49,8 +49,9 @@ def varlen_attention(
     softcap > 0: scores become softcap * tanh(score / softcap), before any bias is added.
     alibi_slopes: float32 (H,) or (B, H): adds -slope * |i + s - j|. No gradient.
     bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, a DisentangledBias, or dense
-        (H, S, S) or (B, H, S, S), any strides, S at least the longest sequence. B or H of size 1 is broadcast and its
-        gradient summed in place; that of a tensor expanded beforehand has the expanded size.
+        (H, S, S) or (B, H, S, S), any strides, S at least the longest sequence (Triton takes what is missing as 0). B or
+        H of size 1 is broadcast and its gradient summed in place; that of a tensor expanded beforehand has the expanded
+        size.
     dropout_p: drops probabilities and divides the others by 1 - dropout_p; the LSE is that without dropout. Two int64
         numbers from the device's default generator decide, together with the sequence's place in the batch, the head
         and i and j (docs/design.md): not the lengths of other sequences, the plan, the backend or the direction.
@@ -116,7 +117,7 @@ class _VarlenAttention(torch.autograd.Function):
         q, k, v, out, lse, cu_q, cu_k, tiles, *scores = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         if dout.stride(-1) != 1:
-            dout = dout.contiguous()
+            dout = dout.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty one as it is
         call = (dout, dlse, q, k, v, out, lse, cu_q, cu_q if cu_k is None else cu_k, tiles, *ctx.options)
         grads = [None] * len(ctx.needs_input_grad)
         if not scores:
@@ -210,10 +211,6 @@ def _reference(
         )  # fmt: skip
 
 
-def _refuse_scores(scores):
-    return "has no softcap, alibi_slopes, bias or dropout" if scores else None
-
-
 def _refuse_disentangled(scores):
     return "has no DisentangledBias" if len(scores) > 6 else None
 
@@ -223,7 +220,9 @@ def _refuse_cpu(q, *rest):
 
 
 def _refuse_cuda(q, k, v, cu_q, cu_k, tiles, max_q, max_k, scale, left, right, top_left, scores):
-    reason = _native.refuse_cuda(q) or _refuse_scores(scores)
+    reason = _native.refuse_cuda(q)
+    if reason is None and scores:
+        reason = "has no softcap, alibi_slopes, bias or dropout"
     if reason is None and _native.capability(q.device) != (9, 0):
         reason = "needs a Hopper GPU (compute capability 9.0)"
     if reason is None and q.dtype not in (torch.float16, torch.bfloat16):
@@ -257,7 +256,7 @@ def _bwd_cuda(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, *o
 
 
 def _refuse_triton(q, k, v, *rest):
-    reason = dispatch.refuse_triton(q) or _refuse_disentangled(rest[-1]) or _refuse_scores(rest[-1])
+    reason = dispatch.refuse_triton(q) or _refuse_disentangled(rest[-1])
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
         reason = f"head width must be at most 256; got {max(q.shape[2], v.shape[2])}"
     if reason is None and q.dtype == torch.float64:
