@@ -4,6 +4,7 @@ from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import RelativeBias
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
+from flowattn.ops.flow_attention import FLOW_PRESETS, FlowState, flow_attention, flow_attention_step
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
 from flowattn.ops.prefix_attention import (
@@ -17,7 +18,9 @@ from flowattn.ops.varlen_attention import varlen_attention
 
 __version__ = "0.1.0"
 __all__ = [
+    "FLOW_PRESETS",
     "FallbackWarning",
+    "FlowState",
     "PackPlan",
     "PrefixState",
     "RelativeBias",
@@ -26,6 +29,8 @@ __all__ = [
     "bias_gelu",
     "bias_residual_layer_norm",
     "explain",
+    "flow_attention",
+    "flow_attention_step",
     "linear_scan",
     "pack",
     "pack_plan",

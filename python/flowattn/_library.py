@@ -16,6 +16,9 @@ _SCORES = (
     " float dropout_p=0.0, Tensor? rng=None"
 )
 
+_FLOW_OPTIONS = "bool relu, float clamp, float eps, float extra"
+_FLOW_STATE = "Tensor? sums, Tensor? total, Tensor? count, Tensor? state"
+
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "bias_gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
@@ -25,6 +28,17 @@ SCHEMAS = {
     "bias_residual_layer_norm_bwd": "(Tensor dy, Tensor? dz, Tensor x, Tensor? bias, Tensor? residual, Tensor? weight,"
     " Tensor? ln_bias, Tensor stats, Tensor? inverse, bool want_params)"
     " -> (Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)",
+    "causal_flow_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens,"
+    f" {_FLOW_STATE}, {_FLOW_OPTIONS})"
+    " -> (Tensor y, Tensor flows, Tensor sums_final, Tensor total_final, Tensor state_final)",
+    "causal_flow_attention_bwd": "(Tensor dy, Tensor? dsums, Tensor? dtotal, Tensor? dstate, Tensor q, Tensor k,"
+    f" Tensor v, Tensor? mask, Tensor? cu_seqlens, {_FLOW_STATE}, Tensor flows, {_FLOW_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsums0, Tensor dtotal0, Tensor dstate0)",
+    "flow_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens,"
+    f" {_FLOW_OPTIONS}) -> (Tensor y, Tensor flows_q, Tensor flows_k, Tensor sums, Tensor lse, Tensor kv)",
+    "flow_attention_bwd": "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask,"
+    " Tensor? cu_seqlens, Tensor flows_q, Tensor flows_k, Tensor sums, Tensor lse, Tensor kv,"
+    f" {_FLOW_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
