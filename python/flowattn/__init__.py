@@ -3,6 +3,7 @@
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import RelativeBias
+from flowattn.ops.chunk_hybrid_attention import chunk_hybrid_attention
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
 from flowattn.ops.flow_attention import FLOW_PRESETS, FlowState, flow_attention, flow_attention_step
 from flowattn.ops.linear_scan import linear_scan
@@ -28,6 +29,7 @@ __all__ = [
     "aaren_attention",
     "bias_gelu",
     "bias_residual_layer_norm",
+    "chunk_hybrid_attention",
     "explain",
     "flow_attention",
     "flow_attention_step",

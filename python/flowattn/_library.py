@@ -34,6 +34,10 @@ SCHEMAS = {
     "causal_flow_attention_bwd": "(Tensor dy, Tensor? dsums, Tensor? dtotal, Tensor? dstate, Tensor q, Tensor k,"
     f" Tensor v, Tensor? mask, Tensor? cu_seqlens, {_FLOW_STATE}, Tensor flows, {_FLOW_OPTIONS})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsums0, Tensor dtotal0, Tensor dstate0)",
+    "chunk_hybrid_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? state, SymInt chunk)"
+    " -> (Tensor o, Tensor lse, Tensor final)",
+    "chunk_hybrid_attention_bwd": "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor gate,"
+    " Tensor? state, Tensor lse, SymInt chunk) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate, Tensor dstate)",
     "flow_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens,"
     f" {_FLOW_OPTIONS}) -> (Tensor y, Tensor flows_q, Tensor flows_k, Tensor sums, Tensor lse, Tensor kv)",
     "flow_attention_bwd": "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask,"
