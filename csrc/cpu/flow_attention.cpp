@@ -70,6 +70,12 @@ struct Call {
   Tensor values(const Tensor& like, std::initializer_list<int64_t> shape) const {
     return torch::stable::new_empty(like, shape, compute);
   }
+  // Scalars of all tokens; rows behind the last sequence, which no task visits, are 0.
+  Tensor flows(const Tensor& like, int64_t planes, int64_t tokens) const {
+    Tensor x = values(like, {planes, batch, op.heads, tokens});
+    if (used < sinks) torch::stable::zero_(x);
+    return x;
+  }
   FlowStates states_of(const Tensor& sums, const Tensor& total, const Tensor& state) const {
     check_contiguous("sums", sums, {states, op.heads, 4, op.width});
     check_contiguous("total", total, {states, op.heads});
@@ -125,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> flow_attention_fwd_cp
   op.key_mask = flow_mask("key_mask", key_mask, call.batch, call.sources);
   op.query_mask = flow_mask("query_mask", query_mask, call.batch, call.sinks);
   const Tensor y = call.rows(q, call.sinks, op.width_v);
-  const Tensor flows_q = call.values(q, {2, call.batch, op.heads, call.sinks});
-  const Tensor flows_k = call.values(q, {2, call.batch, op.heads, call.sources});
+  const Tensor flows_q = call.flows(q, 2, call.sinks);
+  const Tensor flows_k = call.flows(q, 2, call.sources);
   const Tensor sums = call.values(q, {call.states, op.heads, 4, op.width});
   const Tensor lse = call.values(q, {call.states, op.heads});
   const Tensor kv = call.values(q, {call.states, op.heads, op.width, op.width_v});
@@ -177,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> causal_flow_attention_fwd_cpu
   set_causal(call, mask, sums, total, count, state);
   FlowAttention& op = call.op;
   const Tensor y = call.rows(q, call.sinks, op.width_v);
-  const Tensor flows = call.values(q, {5, call.batch, op.heads, call.sinks});
+  const Tensor flows = call.flows(q, 5, call.sinks);
   const Tensor sums_final = call.values(q, {call.states, op.heads, 4, op.width});
   const Tensor total_final = call.values(q, {call.states, op.heads});
   const Tensor state_final = call.values(q, {call.states, op.heads, op.width, op.width_v});

@@ -35,9 +35,10 @@ def _prepare(q, k, v, key_mask, query_mask, relu):
         torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         for x, mask in ((q, query_mask), (k, key_mask))
     )
-    fq, fk = feature_map(q.to(work), relu), feature_map(k.to(work), relu)
-    v = v.to(work).masked_fill(~keep_k[..., None, None], 0.0)  # whatever stands there, NaN included
-    fq, fk = (x.masked_fill(~keep[..., None, None], 0.0) for x, keep in ((fq, keep_q), (fk, keep_k)))
+    # Hidden before and after phi: whatever stands there, NaN included, reaches no result and no gradient.
+    hidden_q, hidden_k = (~keep[..., None, None] for keep in (keep_q, keep_k))
+    fq, fk, v = (x.to(work).masked_fill(hidden, 0.0) for x, hidden in ((q, hidden_q), (k, hidden_k), (v, hidden_k)))
+    fq, fk = feature_map(fq, relu).masked_fill(hidden_q, 0.0), feature_map(fk, relu).masked_fill(hidden_k, 0.0)
     return fq, fk.repeat_interleave(group, 2), v.repeat_interleave(group, 2), keep_q, keep_k
 
 
@@ -133,7 +134,7 @@ def causal_flow_attention(q, k, v, mask, cu_seqlens, sums, total, count, state, 
         state = sums.new_zeros((states, heads, width, width_v))
     options = (relu, clamp, eps, extra)
     if length == 0:
-        return q[..., :1] * v[:, :, :1], sums, total, state
+        return q[..., :1] * k[:, :, :1, :1] * v[:, :, :1], sums, total, state
     if cu_seqlens is None:
         y, *finals = _causal(q, k, v, mask, sums, total, count, state, *options)
         return y.to(q.dtype), *finals
