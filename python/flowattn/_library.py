@@ -67,7 +67,16 @@ SCHEMAS = {
     f" bool deterministic, {_SCORES}, bool want_dbias=False)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
 }
-TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
+TRITON_OPS = {
+    "causal_flow_attention_fwd": "causal_flow_attention",
+    "causal_flow_attention_bwd": "causal_flow_attention",
+    "chunk_hybrid_attention_fwd": "chunk_hybrid_attention",
+    "chunk_hybrid_attention_bwd": "chunk_hybrid_attention",
+    "flow_attention_fwd": "flow_attention",
+    "flow_attention_bwd": "flow_attention",
+    "varlen_attention_fwd": "varlen_attention",
+    "varlen_attention_bwd": "varlen_attention",
+}
 
 _LIB = torch.library.Library("flowattn", "DEF")
 

@@ -8,6 +8,7 @@ from flowattn.reference.chunk_hybrid_attention import chunk_hybrid_attention as 
 
 _OP = "chunk_hybrid_attention"
 _fwd, _bwd = op("chunk_hybrid_attention_fwd"), op("chunk_hybrid_attention_bwd")
+_fwd_triton, _bwd_triton = op("chunk_hybrid_attention_fwd_triton"), op("chunk_hybrid_attention_bwd_triton")
 
 
 def chunk_hybrid_attention(q, k, v, gate, *, chunk, initial_state=None, output_final_state=False):
@@ -106,6 +107,15 @@ def _refuse_cpu(q, *rest):
     return _native.refuse_cpu(q)
 
 
+def _refuse_triton(q, k, v, *rest):
+    reason = dispatch.refuse_triton(q)
+    if reason is None and max(q.shape[3], v.shape[3]) > 128:
+        reason = f"head widths must be at most 128; got {max(q.shape[3], v.shape[3])}"
+    if reason is None and q.dtype == torch.float64:
+        reason = "no float64"
+    return reason
+
+
 def _probe(device):
     x = torch.zeros(1, 2, 1, 64, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
     return x, x, x, x[..., 0]
@@ -120,6 +130,7 @@ _TABLE = dispatch.Table(
     _OP,
     _prepare_probe,
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
+    dispatch.Backend("triton", _refuse_triton, _fwd_triton, _bwd_triton),
     dispatch.Backend("reference", dispatch.never, None),
     probe=_probe,
 )

@@ -12,6 +12,8 @@ from flowattn.reference import flow_attention as reference
 _OP = "flow_attention"
 _fwd, _bwd = op("flow_attention_fwd"), op("flow_attention_bwd")
 _causal_fwd, _causal_bwd = op("causal_flow_attention_fwd"), op("causal_flow_attention_bwd")
+_triton_fwd = op("flow_attention_fwd_triton"), op("causal_flow_attention_fwd_triton")
+_triton_bwd = op("flow_attention_bwd_triton"), op("causal_flow_attention_bwd_triton")
 
 # What the published models pass: flow_attention(q, k, v, **FLOW_PRESETS["nlp"]).
 FLOW_PRESETS = {
@@ -311,6 +313,16 @@ def _refuse_cpu(*call):
     return _native.refuse_cpu(call[0]) or _refuse_heads(call)
 
 
+def _refuse_triton(*call):
+    q, _, v = call[:3]
+    reason = dispatch.refuse_triton(q) or _refuse_heads(call)
+    if reason is None and max(q.shape[3], v.shape[3]) > 128:
+        reason = f"head widths must be at most 128; got {max(q.shape[3], v.shape[3])}"
+    if reason is None and q.dtype == torch.float64:
+        reason = "no float64"
+    return reason
+
+
 def _probe(device):
     x = torch.zeros(1, 2, 1, 64, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
     return x, x, x
@@ -321,6 +333,7 @@ _TABLE = dispatch.Table(
     _prepare,
     # Entry points of the whole and the causal form.
     dispatch.Backend("cpu", _refuse_cpu, (_fwd, _causal_fwd), (_bwd, _causal_bwd)),
+    dispatch.Backend("triton", _refuse_triton, _triton_fwd, _triton_bwd),
     dispatch.Backend("reference", dispatch.never, None),
     probe=_probe,
 )
