@@ -47,6 +47,7 @@ class Bound(NamedTuple):
     call: object  # (*inputs) -> tensor or tuple of tensors; this is timed
     prepare: object = lambda x: x  # one input or output gradient in the case's layout -> the provider's layout
     collect: object = lambda x: x  # result, or one input's gradient, in the provider's layout -> the case's layout
+    same: bool = True  # False: another function, timed for orientation, whose results are not compared
 
 
 def tuple_of(result):
@@ -144,7 +145,7 @@ def _bind(name, build, case, say):
 def _attempt(case, bound, direction, device, quick, floor):
     """Status, note, clocks: a provider that fails or is wrong is reported and not timed."""
     try:
-        wrong = worst_error(case, bound, direction)
+        wrong = worst_error(case, bound, direction) if bound.same else None
         if wrong:
             return {"status": "wrong", "note": wrong}
         fields, note = measure(case, bound, direction, device, quick)
