@@ -1,6 +1,91 @@
-"""Flow-Attention from its definition, with loops over tokens, in float64: what the reference is checked against."""
+"""What the tests of Flow-Attention share: its definition with loops over tokens, in float64, and comparisons."""
 
+import pytest
 import torch
+
+import flowattn as fa
+
+BACKENDS = ("cpu", "triton", "reference")
+on_backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+both_forms = pytest.mark.parametrize("causal", (False, True), ids=("whole", "causal"))
+SIGMA_1 = torch.sigmoid(torch.ones((), dtype=torch.float64)).item()
+
+# Largest rms error, as a share of the rms of the truth: of y and the state, of the gradients.
+TOLERANCE = {
+    torch.float64: (1e-13, 1e-12),
+    torch.float32: (5e-6, 2e-5),
+    torch.bfloat16: (5e-3, 1.5e-2),
+    torch.float16: (1e-3, 5e-3),
+}
+
+
+def rms_ratio(got, true):
+    true = true.detach().double()
+    error = (got.detach().double().to(true.device) - true).square().mean().sqrt()
+    return (error / (true.square().mean().sqrt() + 1e-8)).item()
+
+
+def assert_near(name, got, true, tolerance):
+    assert got.shape == true.shape, name
+    assert got.isfinite().all(), name
+    if true.numel():
+        assert rms_ratio(got, true) <= tolerance, f"{name}: {rms_ratio(got, true):.3g}"
+
+
+def takes(backend, dtype):
+    """Whether this backend computes this dtype here: Triton has no float64, its interpreter no bfloat16 product."""
+    if backend == "triton":
+        return dtype != torch.float64 and (dtype != torch.bfloat16 or torch.cuda.is_available())
+    return True
+
+
+def inputs(
+    shape=(2, 37, 3, 20), sources=None, width_v=12, heads_kv=None, dtype=torch.float32, device="cpu", spread=1.0
+):
+    batch, length, heads, width = shape
+    sources = length if sources is None else sources
+    heads_kv = heads if heads_kv is None else heads_kv
+    shapes = (shape, (batch, sources, heads_kv, width), (batch, sources, heads_kv, width_v))
+    return tuple((spread * torch.randn(s)).to(device, dtype) for s in shapes)
+
+
+def random_state(batch, heads, width, width_v, dtype, device):
+    vectors = [(torch.rand(batch, heads, width) * 5 + 1).to(device, dtype) for _ in range(4)]
+    e, s = (torch.rand(batch, heads) * 7 + 1).to(device, dtype), torch.randn(batch, heads, width, width_v)
+    return fa.FlowState(*vectors, e, torch.arange(5, 5 + batch, device=device), s.to(device, dtype))
+
+
+def floats(state):
+    return [x for x in state if x.is_floating_point()]
+
+
+def outcome(tensors, state=None, **options):
+    """y, the final state and all gradients for fixed output gradients."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    if state is not None:
+        state = fa.FlowState(*(x.clone().requires_grad_() if x.is_floating_point() else x for x in state))
+        options |= {"initial_state": state, "output_final_state": True}
+        leaves += floats(state)
+    outs = fa.flow_attention(*leaves[:3], **options)
+    outs = [outs[0], *floats(outs[1])] if state is not None else [outs]
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(x.shape, generator=generator).to(x.device, tensors[0].dtype).to(x.dtype) for x in outs]
+    return len(outs), (*outs, *torch.autograd.grad(outs, leaves, grads))
+
+
+def check(backend, tensors, state=None, **options):
+    """Results and gradients of `backend` against the reference in float64 on the same, rounded, inputs."""
+    dtype = tensors[0].dtype
+    count, got = outcome(tensors, state, **options)
+    with fa.use_backend("reference"):
+        wide = None if state is None else fa.FlowState(*(x.double() if x.is_floating_point() else x for x in state))
+        _, true = outcome([x.double() for x in tensors], wide, **options)
+    assert got[0].dtype == dtype
+    for i, (x, y) in enumerate(zip(got, true)):
+        assert_near(f"result {i}", x, y, TOLERANCE[dtype][i >= count])
+
+
+# --- the definition, for one head
 
 
 def phi(x, feature_map):

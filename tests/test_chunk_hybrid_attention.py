@@ -4,7 +4,7 @@ import doctest
 
 import pytest
 import torch
-from test_flow_attention import assert_near, takes
+from flow_oracle import assert_near, takes
 
 import flowattn as fa
 from flowattn.ops import chunk_hybrid_attention as module

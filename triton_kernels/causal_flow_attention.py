@@ -28,7 +28,7 @@ from .flow_features import (
     store_tile,
     time_strides,
     widths,
-)  # fmt: skip
+)
 from .launch import Launcher
 
 UNSPECIALIZED = ("length", "total_rows", "batch", "tiles", "clamp", "eps", "extra")

@@ -28,7 +28,7 @@ from .flow_features import (
     store_tile,
     time_strides,
     widths,
-)  # fmt: skip
+)
 from .launch import Launcher
 
 UNSPECIALIZED = ("sinks", "sources", "batch", "splits", "clamp", "eps", "extra")

@@ -76,12 +76,6 @@ struct Call {
     if (used < sinks) torch::stable::zero_(x);
     return x;
   }
-  FlowStates states_of(const Tensor& sums, const Tensor& total, const Tensor& state) const {
-    check_contiguous("sums", sums, {states, op.heads, 4, op.width});
-    check_contiguous("total", total, {states, op.heads});
-    check_contiguous("state", state, {states, op.heads, op.width, op.width_v});
-    return {sums.data_ptr(), total.data_ptr(), state.data_ptr()};
-  }
   FlowStates states_of(const MaybeTensor& sums, const MaybeTensor& total, const MaybeTensor& state) const {
     if (sums) check_contiguous("sums", *sums, {states, op.heads, 4, op.width});
     if (total) check_contiguous("total", *total, {states, op.heads});
@@ -94,7 +88,7 @@ struct Call {
     FA_CHECK(x.is_contiguous(), kOp, std::string(name) + " must be contiguous", shape_text(x.sizes()));
   }
 
-  // About 4 multiply-adds an element of the D x M state and token, forward; twice that and more backward.
+  // Multiply-adds: products with the state and inside a chunk.
   double work(bool backward) const {
     return double(batch) * (sinks + sources) * op.heads * op.width * (op.width_v + kFlowChunk) * (backward ? 4 : 1);
   }
