@@ -73,8 +73,9 @@ def flow_attention(
     Layout: last dim contiguous, any other strides, no copy.
     feature_map: "sigmoid", or "relu" for relu(x) + 1e-6. clamp: bound of P, None for none; its gradient is 1 on the
         bound. The causal form cannot subtract a maximum from its running sum: None is 60 there.
-    extra_eps: added to I, O, J and P once more. competition_axis="heads": the softmax runs over the heads instead, as
-        in the code released for Long Range Arena; only the reference does that, and only without causal.
+    extra_eps: added once more to I, O, J and P, in the causal form before J and P are divided by the tokens so far.
+    competition_axis="heads": the softmax runs over the heads instead, as in the code released for Long Range Arena;
+        only the reference does that, and only without causal.
     key_mask (B, S), query_mask (B, L), packed (T,), bool, True = keep: hidden sources and sinks count nowhere; L and S
         count the rest. A hidden query gives 0; so do all queries where no source is left. In the causal form a token
         that either mask hides takes no part, as if it were not there.
