@@ -4,6 +4,7 @@ A configuration is (tokens of a tile, num_warps, num_stages). Not yet measured o
 shared memory and registers by count.
 """
 
+import torch
 import triton
 
 PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -11,6 +12,8 @@ MOST_SPLITS = 64  # parts of one head: each part adds up the partial sums of all
 
 
 def flow_config(dtype, width):
+    if width > 64 and dtype == torch.float32:  # states of 64 KiB, several at a time
+        return (16, 4, 1)
     return (64, 4, 2) if width <= 64 else (32, 4, 2)
 
 
@@ -21,6 +24,8 @@ def flow_splits(heads, tokens, tile):
 
 
 def causal_config(dtype, width):
+    if width > 64 and dtype == torch.float32:
+        return (16, 4, 1)
     return (64, 4, 1) if width <= 64 else (32, 4, 1)
 
 
