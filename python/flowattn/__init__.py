@@ -3,10 +3,12 @@
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import DisentangledBias, RelativeBias
+from flowattn.ops.chunk_hybrid_attention import chunk_hybrid_attention
 from flowattn.ops.decays import decay_preset
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
 from flowattn.ops.fixed_point_inverse import fixed_point_inverse
 from flowattn.ops.flow_affine import flow_affine_forward, flow_affine_inverse
+from flowattn.ops.flow_attention import FLOW_PRESETS, FlowState, flow_attention, flow_attention_step
 from flowattn.ops.flow_inverse import InverseInfo, flow_forward, flow_inverse
 from flowattn.ops.flow_solvers import InverseStatus
 from flowattn.ops.grid_retention import grid_retention
@@ -26,7 +28,9 @@ from flowattn.ops.varlen_attention import varlen_attention
 __version__ = "0.1.0"
 __all__ = [
     "DisentangledBias",
+    "FLOW_PRESETS",
     "FallbackWarning",
+    "FlowState",
     "InverseInfo",
     "InverseStatus",
     "LinearState",
@@ -39,11 +43,14 @@ __all__ = [
     "bi_selective_scan",
     "bias_gelu",
     "bias_residual_layer_norm",
+    "chunk_hybrid_attention",
     "decay_preset",
     "explain",
     "fixed_point_inverse",
     "flow_affine_forward",
     "flow_affine_inverse",
+    "flow_attention",
+    "flow_attention_step",
     "flow_forward",
     "flow_inverse",
     "grid_retention",

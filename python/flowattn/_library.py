@@ -29,10 +29,14 @@ _POSITIONS = "Tensor? position_keys=None, Tensor? position_queries=None"
 _SELECTIVE = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? skip, Tensor? z, Tensor? delta_bias"
 
 # A block of a causal flow: packed weights, what its rows are conditioned on, and its static cache.
-_FLOW = (
+_FLOW_BLOCK = (
     "Tensor weights, Tensor vectors, Tensor config, Tensor? positions, Tensor? cond, Tensor? prefix, Tensor? rope,"
     " Tensor? start, Tensor scale, Tensor(a!) keys, Tensor(b!) values"
 )
+
+# Flow-Attention: its options, and the state that a causal call starts from.
+_FLOW_OPTIONS = "bool relu, float clamp, float eps, float extra"
+_FLOW_STATE = "Tensor? sums, Tensor? total, Tensor? count, Tensor? state"
 
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
@@ -49,9 +53,25 @@ SCHEMAS = {
     "flow_affine_inv": "(Tensor z, Tensor params, Tensor? params_uncond, Tensor? guidance, Tensor? previous, int rule,"
     " bool guide_scale, bool guide_mean, bool softplus, float soft_clip) -> (Tensor x, Tensor statistics)",
     "flow_pack": "(Tensor weight, Tensor(a!) packed, SymInt offset) -> ()",
-    "flow_window": f"(Tensor tokens, {_FLOW}, Tensor lo, Tensor hi, SymInt width, SymInt outputs, float eps) -> Tensor",
-    "flow_sequential": f"(Tensor(c!) tokens, {_FLOW}, Tensor z, Tensor? guidance, SymInt begin, int rule,"
+    "flow_window": f"(Tensor tokens, {_FLOW_BLOCK}, Tensor lo, Tensor hi, SymInt width, SymInt outputs,"
+    " float eps) -> Tensor",
+    "flow_sequential": f"(Tensor(c!) tokens, {_FLOW_BLOCK}, Tensor z, Tensor? guidance, SymInt begin, int rule,"
     " bool guide_scale, bool guide_mean, bool softplus, float soft_clip, float clamp, float eps) -> Tensor",
+    "causal_flow_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? cu_seqlens,"
+    f" {_FLOW_STATE}, {_FLOW_OPTIONS})"
+    " -> (Tensor y, Tensor flows, Tensor sums_final, Tensor total_final, Tensor state_final)",
+    "causal_flow_attention_bwd": "(Tensor dy, Tensor? dsums, Tensor? dtotal, Tensor? dstate, Tensor q, Tensor k,"
+    f" Tensor v, Tensor? mask, Tensor? cu_seqlens, {_FLOW_STATE}, Tensor flows, {_FLOW_OPTIONS})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsums0, Tensor dtotal0, Tensor dstate0)",
+    "chunk_hybrid_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor? state, SymInt chunk)"
+    " -> (Tensor o, Tensor lse, Tensor final)",
+    "chunk_hybrid_attention_bwd": "(Tensor do, Tensor? dfinal, Tensor q, Tensor k, Tensor v, Tensor gate,"
+    " Tensor? state, Tensor lse, SymInt chunk) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dgate, Tensor dstate)",
+    "flow_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask, Tensor? cu_seqlens,"
+    f" {_FLOW_OPTIONS}) -> (Tensor y, Tensor flows_q, Tensor flows_k, Tensor sums, Tensor lse, Tensor kv)",
+    "flow_attention_bwd": "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask,"
+    " Tensor? cu_seqlens, Tensor flows_q, Tensor flows_k, Tensor sums, Tensor lse, Tensor kv,"
+    f" {_FLOW_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
@@ -93,9 +113,12 @@ SCHEMAS = {
 }
 TRITON_OPS = {
     f"{name}_{direction}": name
-    for name in ("linear_attention", "selective_scan", "varlen_attention")
+    for name in (
+        "causal_flow_attention", "chunk_hybrid_attention", "flow_attention", "linear_attention", "selective_scan",
+        "varlen_attention",
+    )
     for direction in ("fwd", "bwd")
-} | {"grid_retention_fwd": "grid_retention", "varlen_attention_bwd": "varlen_attention_bwd"}
+} | {"grid_retention_fwd": "grid_retention", "varlen_attention_bwd": "varlen_attention_bwd"}  # fmt: skip
 
 _LIB = torch.library.Library("flowattn", "DEF")
 

@@ -1,0 +1,482 @@
+"""Whole Flow-Attention: each direction is four phases, between which sums over all tokens of a head must be complete.
+
+The tokens of a head are cut into `splits` parts, one program each. With one part all phases run in a single launch, and
+the head's q and k stay in the caches of its multiprocessor. With more parts every phase is a launch: a program writes
+its partial sums, and those of the next phase add up all parts, in order, so that results are repeatable.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .flow_attention_configs import flow_config, flow_splits
+from .flow_features import (
+    add,
+    clamped,
+    features,
+    kept,
+    launch_key,
+    load_row,
+    load_state,
+    load_tile,
+    mask_strides,
+    precision,
+    sequence,
+    sigmoid,
+    slope,
+    store_state,
+    store_tile,
+    time_strides,
+    widths,
+)
+from .launch import Launcher
+
+UNSPECIALIZED = ("sinks", "sources", "batch", "splits", "clamp", "eps", "extra")
+
+
+@triton.jit
+def _part(split, splits, tokens, TILE: tl.constexpr):
+    """Tokens begin..end of one part, in whole tiles."""
+    size = tl.cdiv(tl.cdiv(tokens, splits), TILE) * TILE
+    return tl.minimum(split * size, tokens), tl.minimum(split * size + size, tokens)
+
+
+@triton.jit
+def _total(parts, splits, stride, columns, WIDTH: tl.constexpr):
+    """The sum of one row over all parts."""
+    total, lost = load_row(parts, columns, WIDTH), tl.zeros(columns.shape, tl.float32)
+    for i in range(1, splits):
+        total, lost = add(total, lost, load_row(parts + i * stride, columns, WIDTH))
+    return total
+
+
+@triton.jit
+def _count(parts, splits):
+    total = tl.load(parts)
+    for i in range(1, splits):
+        total += tl.load(parts + 2 * i)
+    return total
+
+
+@triton.jit
+def _sum_features(
+    x, stride, mask, stride_m, begin, end, cols, offs, D: tl.constexpr, RELU: tl.constexpr, TILE: tl.constexpr
+):
+    """(sum of phi, tokens that take part) of a part."""
+    total = tl.zeros(cols.shape, tl.float32)
+    lost, count = total, 0
+    for first in range(begin, end, TILE):
+        rows = first + offs
+        keep = kept(mask, stride_m, rows, rows < end)
+        f = features(load_tile(x, stride, rows, cols, keep, D), keep, cols, D, RELU)
+        total, lost = add(total, lost, tl.sum(f, 0))
+        count += tl.sum(keep.to(tl.int32), 0)
+    return total, count
+
+
+@triton.jit
+def _first_flow(
+    x, stride, mask, stride_m, begin, end, cols, offs, other, alone, eps_row, extra, flows,
+    D: tl.constexpr, RELU: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Stores x (+) other as the flow of each token; the sum of x / flow. Where nothing flows the flow is 1."""
+    total = tl.zeros(cols.shape, tl.float32)
+    lost = total
+    for first in range(begin, end, TILE):
+        rows = first + offs
+        inside = rows < end
+        keep = kept(mask, stride_m, rows, inside)
+        f = features(load_tile(x, stride, rows, cols, keep, D), keep, cols, D, RELU)
+        flow = tl.sum((f + eps_row[None, :]) * (other + eps_row)[None, :], 1) + extra
+        flow = tl.where(keep & (alone == 0), flow, 1.0)
+        tl.store(flows + rows, flow, mask=inside)
+        total, lost = add(total, lost, tl.sum(f / flow[:, None], 0))
+    return total
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def flow_attention_fwd_kernel(
+    q, k, v, y, flows_q, flows_k, sums, lse, kv, counts, firsts, seconds, tops, states, key_mask, query_mask, cu,
+    sinks, sources, batch, splits, clamp, eps, extra, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
+    stride_vb, stride_vt, stride_vh, stride_kmb, stride_kmt, stride_qmb, stride_qmt,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """STAGE 1..4 runs one phase, 0 all of them. Partial sums: counts, firsts, seconds, (tops, states) by phase."""
+    index, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    s, h = index // HEADS, index % HEADS
+    index = tl.cast(index, tl.int64)
+    row, start, length_q = sequence(s, cu, sinks, sinks)
+    length_k = sources if cu is None else length_q
+    row, start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
+    q += row * stride_qb + start * stride_qt + h * stride_qh
+    k += row * stride_kb + start * stride_kt + h // GROUP * stride_kh
+    v += row * stride_vb + start * stride_vt + h // GROUP * stride_vh
+    y += ((row * sinks + start) * HEADS + h) * M
+    plane_q, plane_k = batch * HEADS * tl.cast(sinks, tl.int64), batch * HEADS * tl.cast(sources, tl.int64)
+    flows_q += (row * HEADS + h) * sinks + start
+    flows_k += (row * HEADS + h) * sources + start
+    if key_mask is not None:
+        key_mask += row * stride_kmb + start * stride_kmt
+    if query_mask is not None:
+        query_mask += row * stride_qmb + start * stride_qmt
+    own = index * splits + split
+    counts_own, firsts_own, seconds_own = counts + own * 2, firsts + own * 2 * D, seconds + own * 2 * D
+    counts, firsts, seconds = (
+        counts + index * splits * 2,
+        firsts + index * splits * 2 * D,
+        seconds + index * splits * 2 * D,
+    )
+    tops_own, states_own = tops + own * 2, states + own * D * M
+    tops, states = tops + index * splits * 2, states + index * splits * D * M
+    begin_q, end_q = _part(split, splits, length_q, TILE)
+    begin_k, end_k = _part(split, splits, length_k, TILE)
+    cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, TILE)
+    eps_row = tl.where(cols < D, eps, 0.0)
+
+    if STAGE == 0 or STAGE == 1:
+        q1, count_q = _sum_features(q, stride_qt, query_mask, stride_qmt, begin_q, end_q, cols, offs, D, RELU, TILE)
+        k1, count_k = _sum_features(k, stride_kt, key_mask, stride_kmt, begin_k, end_k, cols, offs, D, RELU, TILE)
+        tl.store(counts_own, count_q)
+        tl.store(counts_own + 1, count_k)
+        tl.store(firsts_own + cols, q1, mask=cols < D)
+        tl.store(firsts_own + D + cols, k1, mask=cols < D)
+        tl.debug_barrier()
+    if STAGE != 1:
+        count_q, count_k = _count(counts, splits), _count(counts + 1, splits)
+        alone = (count_q == 0) | (count_k == 0)
+    if STAGE == 0 or STAGE == 2:
+        q1, k1 = _total(firsts, splits, 2 * D, cols, D), _total(firsts + D, splits, 2 * D, cols, D)
+        q2 = _first_flow(
+            q, stride_qt, query_mask, stride_qmt, begin_q, end_q, cols, offs, k1, alone, eps_row, extra, flows_q,
+            D, RELU, TILE,
+        )  # fmt: skip
+        k2 = _first_flow(
+            k, stride_kt, key_mask, stride_kmt, begin_k, end_k, cols, offs, q1, alone, eps_row, extra, flows_k,
+            D, RELU, TILE,
+        )  # fmt: skip
+        tl.store(seconds_own + cols, q2, mask=cols < D)
+        tl.store(seconds_own + D + cols, k2, mask=cols < D)
+        if split == 0:
+            at = sums + index * 4 * D + cols
+            tl.store(at, k1, mask=cols < D)
+            tl.store(at + D, q1, mask=cols < D)
+        tl.debug_barrier()
+    if STAGE == 0 or STAGE == 3:
+        q2 = _total(seconds, splits, 2 * D, cols, D)
+        top, total, total_lost = float("-inf"), 0.0, 0.0
+        state = tl.zeros([BD, BM], tl.float32)
+        for first in range(begin_k, end_k, TILE):
+            rows = first + offs
+            inside = rows < end_k
+            keep = kept(key_mask, stride_kmt, rows, inside)
+            f = features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, D, RELU)
+            conserved = tl.sum((f + eps_row[None, :]) * (q2 + eps_row)[None, :], 1) + extra
+            tl.store(flows_k + plane_k + rows, conserved, mask=inside)
+            score = tl.where(keep, clamped(conserved, clamp), float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 0))
+            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+            shrink = tl.exp(top - finite)
+            x = tl.exp(score - finite)
+            total, total_lost = add(total * shrink, total_lost * shrink, tl.sum(x, 0))
+            values = load_tile(v, stride_vt, rows, cols_v, keep, M) * x[:, None]
+            state = tl.dot(tl.trans(f), values, state * shrink, input_precision=PRECISION)
+            top = new_top
+        tl.store(tops_own, top)
+        tl.store(tops_own + 1, total)
+        store_state(states_own, cols, cols_v, state, D, M)
+        tl.debug_barrier()
+    if STAGE == 0 or STAGE == 4:
+        k2 = _total(seconds + D, splits, 2 * D, cols, D)
+        top = tl.load(tops)
+        for i in range(1, splits):
+            top = tl.maximum(top, tl.load(tops + 2 * i))
+        top = tl.where(top == float("-inf"), 0.0, top)
+        total = 0.0
+        state = tl.zeros([BD, BM], tl.float32)
+        for i in range(0, splits):
+            shrink = tl.exp(tl.load(tops + 2 * i) - top)
+            total += tl.load(tops + 2 * i + 1) * shrink
+            state += load_state(states + tl.cast(i, tl.int64) * D * M, cols, cols_v, D, M) * shrink
+        total = tl.where(total == 0.0, 1.0, total)
+        state *= count_k / total
+        if split == 0:
+            at = sums + index * 4 * D + 2 * D + cols
+            tl.store(at, k2, mask=cols < D)
+            tl.store(at + D, _total(seconds, splits, 2 * D, cols, D), mask=cols < D)
+            tl.store(lse + index, top + tl.log(total))
+            store_state(kv + index * D * M, cols, cols_v, state, D, M)
+        ratio = count_q / tl.maximum(count_k, 1).to(tl.float32)
+        for first in range(begin_q, end_q, TILE):
+            rows = first + offs
+            inside = rows < end_q
+            keep = kept(query_mask, stride_qmt, rows, inside)
+            f = features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, D, RELU)
+            conserved = tl.sum((f + eps_row[None, :]) * (k2 + eps_row)[None, :], 1) + extra
+            tl.store(flows_q + plane_q + rows, conserved, mask=inside)
+            factor = sigmoid(conserved * ratio) / tl.load(flows_q + rows, mask=inside, other=1.0)
+            out = tl.dot(f, state, input_precision=PRECISION) * factor[:, None]
+            store_tile(y, HEADS * M, rows, cols_v, inside, out, M)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def flow_attention_bwd_kernel(
+    dy, q, k, v, dq, dk, dv, flows_q, flows_k, sums, lse, kv, r_q, t_k, dout_k, counts, firsts, seconds, thirds, states,
+    key_mask, query_mask, cu, sinks, sources, batch, splits, clamp, eps, stride_yb, stride_yt, stride_yh, stride_qb,
+    stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_kmb, stride_kmt,
+    stride_qmb, stride_qmt,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Partial sums by phase: (firsts (1), states), seconds (4 rows and a scalar), thirds (1). r, t, dO by token."""
+    index, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    s, h = index // HEADS, index % HEADS
+    index = tl.cast(index, tl.int64)
+    row, start, length_q = sequence(s, cu, sinks, sinks)
+    length_k = sources if cu is None else length_q
+    row, start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
+    dy += row * stride_yb + start * stride_yt + h * stride_yh
+    q += row * stride_qb + start * stride_qt + h * stride_qh
+    k += row * stride_kb + start * stride_kt + h // GROUP * stride_kh
+    v += row * stride_vb + start * stride_vt + h // GROUP * stride_vh
+    offset_q, offset_k = (row * sinks + start) * HEADS + h, (row * sources + start) * HEADS + h
+    dq, dk, dv = dq + offset_q * D, dk + offset_k * D, dv + offset_k * M
+    plane_q, plane_k = batch * HEADS * tl.cast(sinks, tl.int64), batch * HEADS * tl.cast(sources, tl.int64)
+    scalars_q, scalars_k = (row * HEADS + h) * sinks + start, (row * HEADS + h) * sources + start
+    flows_q, r_q = flows_q + scalars_q, r_q + scalars_q
+    flows_k, t_k, dout_k = flows_k + scalars_k, t_k + scalars_k, dout_k + scalars_k
+    if key_mask is not None:
+        key_mask += row * stride_kmb + start * stride_kmt
+    if query_mask is not None:
+        query_mask += row * stride_qmb + start * stride_qmt
+    own = index * splits + split
+    SECOND: tl.constexpr = 3 * D + 1
+    firsts_own, firsts = firsts + own * D, firsts + index * splits * D
+    seconds_own, seconds = seconds + own * SECOND, seconds + index * splits * SECOND
+    thirds_own, thirds = thirds + own * D, thirds + index * splits * D
+    states_own, states = states + own * D * M, states + index * splits * D * M
+    begin_q, end_q = _part(split, splits, length_q, TILE)
+    begin_k, end_k = _part(split, splits, length_k, TILE)
+    cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, TILE)
+    eps_row = tl.where(cols < D, eps, 0.0)
+    sums += index * 4 * D
+    count_q, count_k = length_q, length_k
+    if counts is not None:
+        count_q, count_k = tl.load(counts + 2 * s), tl.load(counts + 2 * s + 1)
+    alone = (count_q == 0) | (count_k == 0)
+    ratio = count_q / tl.maximum(count_k, 1).to(tl.float32)
+
+    if STAGE == 0 or STAGE == 1:
+        kv_tile = load_state(kv + index * D * M, cols, cols_v, D, M)
+        dk2 = tl.zeros([BD], tl.float32)
+        lost, dkv = dk2, tl.zeros([BD, BM], tl.float32)
+        for first in range(begin_q, end_q, TILE):
+            rows = first + offs
+            inside = rows < end_q
+            keep = kept(query_mask, stride_qmt, rows, inside) & (alone == 0)
+            f = features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, D, RELU)
+            conserved = tl.load(flows_q + plane_q + rows, mask=keep, other=0.0) * ratio
+            factor = sigmoid(conserved) / tl.load(flows_q + rows, mask=keep, other=1.0)
+            grads = load_tile(dy, stride_yt, rows, cols_v, keep, M) * factor[:, None]
+            r = tl.sum(f * tl.dot(grads, tl.trans(kv_tile), input_precision=PRECISION), 1)
+            tl.store(r_q + rows, r, mask=inside)
+            d_conserved = tl.where(keep, ratio * sigmoid(-conserved) * r, 0.0)
+            dk2, lost = add(dk2, lost, tl.sum(d_conserved[:, None] * (f + eps_row[None, :]), 0))
+            dkv = tl.dot(tl.trans(f), grads, dkv, input_precision=PRECISION)
+        tl.store(firsts_own + cols, dk2, mask=cols < D)
+        store_state(states_own, cols, cols_v, dkv, D, M)
+        tl.debug_barrier()
+    if STAGE != 1 and STAGE != 3:
+        dkv = tl.zeros([BD, BM], tl.float32)
+        for i in range(0, splits):
+            dkv += load_state(states + tl.cast(i, tl.int64) * D * M, cols, cols_v, D, M)
+    if STAGE != 1:
+        dk2 = _total(firsts, splits, D, cols, D)
+        log_total = tl.load(lse + index)
+    if STAGE == 0 or STAGE == 2:
+        g1 = tl.zeros([BD], tl.float32)
+        g2, dq1, g1_lost, g2_lost, dq1_lost = g1, g1, g1, g1, g1
+        total_t, t_lost = 0.0, 0.0
+        for first in range(begin_k, end_k, TILE):
+            rows = first + offs
+            inside = rows < end_k
+            keep = kept(key_mask, stride_kmt, rows, inside) & (alone == 0)
+            f = features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, D, RELU)
+            flow = tl.load(flows_k + rows, mask=keep, other=1.0)
+            conserved = tl.load(flows_k + plane_k + rows, mask=keep, other=0.0)
+            w = tl.where(keep, count_k * tl.exp(clamped(conserved, clamp) - log_total), 0.0)
+            d_values = tl.dot(f, dkv, input_precision=PRECISION) * w[:, None]
+            store_tile(dv, HEADS * M, rows, cols_v, inside, d_values, M)
+            t = tl.sum(d_values * load_tile(v, stride_vt, rows, cols_v, keep, M), 1)
+            d_out = tl.where(keep, -tl.sum(f * dk2[None, :], 1) / (flow * flow), 0.0)
+            tl.store(t_k + rows, t, mask=inside)
+            tl.store(dout_k + rows, d_out, mask=inside)
+            inner = keep & (conserved <= clamp) & (conserved >= -clamp)
+            f += eps_row[None, :]
+            g1, g1_lost = add(g1, g1_lost, tl.sum(tl.where(inner, t, 0.0)[:, None] * f, 0))
+            g2, g2_lost = add(g2, g2_lost, tl.sum(tl.where(inner, w, 0.0)[:, None] * f, 0))
+            dq1, dq1_lost = add(dq1, dq1_lost, tl.sum(d_out[:, None] * f, 0))
+            total_t, t_lost = add(total_t, t_lost, tl.sum(t, 0))
+        tl.store(seconds_own + cols, g1, mask=cols < D)
+        tl.store(seconds_own + D + cols, g2, mask=cols < D)
+        tl.store(seconds_own + 2 * D + cols, dq1, mask=cols < D)
+        tl.store(seconds_own + 3 * D, total_t)
+        tl.debug_barrier()
+    if STAGE == 0 or STAGE == 3 or STAGE == 4:
+        mean_t = 0.0
+        for i in range(0, splits):
+            mean_t += tl.load(seconds + tl.cast(i, tl.int64) * SECOND + 3 * D)
+        mean_t /= tl.maximum(count_k, 1).to(tl.float32)
+    if STAGE == 0 or STAGE == 3:
+        dq2 = _total(seconds, splits, SECOND, cols, D) - mean_t * _total(seconds + D, splits, SECOND, cols, D)
+        dq1 = _total(seconds + 2 * D, splits, SECOND, cols, D)
+        k1, k2 = load_row(sums, cols, D) + eps_row, load_row(sums + 2 * D, cols, D) + eps_row
+        kv_tile = load_state(kv + index * D * M, cols, cols_v, D, M)
+        dk1 = tl.zeros([BD], tl.float32)
+        lost = dk1
+        for first in range(begin_q, end_q, TILE):
+            rows = first + offs
+            inside = rows < end_q
+            keep = kept(query_mask, stride_qmt, rows, inside) & (alone == 0)
+            raw = load_tile(q, stride_qt, rows, cols, keep, D)
+            f = features(raw, keep, cols, D, RELU)
+            conserved = tl.load(flows_q + plane_q + rows, mask=keep, other=0.0) * ratio
+            a = 1.0 / tl.load(flows_q + rows, mask=keep, other=1.0)
+            grads = load_tile(dy, stride_yt, rows, cols_v, keep, M) * (sigmoid(conserved) * a)[:, None]
+            r = tl.load(r_q + rows, mask=keep, other=0.0)
+            d_conserved = ratio * sigmoid(-conserved) * r
+            d_in = tl.where(keep, -a * r - a * a * tl.sum(f * dq2[None, :], 1), 0.0)
+            d = tl.dot(grads, tl.trans(kv_tile), input_precision=PRECISION)
+            d += d_conserved[:, None] * k2[None, :] + a[:, None] * dq2[None, :]
+            d += d_in[:, None] * k1[None, :] + dq1[None, :]
+            d = tl.where(keep[:, None], d * slope(raw, f, RELU), 0.0)
+            store_tile(dq, HEADS * D, rows, cols, inside, d, D)
+            dk1, lost = add(dk1, lost, tl.sum(d_in[:, None] * (f + eps_row[None, :]), 0))
+        tl.store(thirds_own + cols, dk1, mask=cols < D)
+        tl.debug_barrier()
+    if STAGE == 0 or STAGE == 4:
+        dk1 = _total(thirds, splits, D, cols, D)
+        q1, q2 = load_row(sums + D, cols, D) + eps_row, load_row(sums + 3 * D, cols, D) + eps_row
+        for first in range(begin_k, end_k, TILE):
+            rows = first + offs
+            inside = rows < end_k
+            keep = kept(key_mask, stride_kmt, rows, inside) & (alone == 0)
+            raw = load_tile(k, stride_kt, rows, cols, keep, D)
+            f = features(raw, keep, cols, D, RELU)
+            conserved = tl.load(flows_k + plane_k + rows, mask=keep, other=0.0)
+            w = tl.where(keep, count_k * tl.exp(clamped(conserved, clamp) - log_total), 0.0)
+            values = load_tile(v, stride_vt, rows, cols_v, keep, M) * w[:, None]
+            inner = keep & (conserved <= clamp) & (conserved >= -clamp)
+            d_conserved = tl.where(inner, tl.load(t_k + rows, mask=keep, other=0.0) - w * mean_t, 0.0)
+            b = 1.0 / tl.load(flows_k + rows, mask=keep, other=1.0)
+            d_out = tl.load(dout_k + rows, mask=keep, other=0.0)
+            d = tl.dot(values, tl.trans(dkv), input_precision=PRECISION)
+            d += d_conserved[:, None] * q2[None, :] + b[:, None] * dk2[None, :]
+            d += d_out[:, None] * q1[None, :] + dk1[None, :]
+            d = tl.where(keep[:, None], d * slope(raw, f, RELU), 0.0)
+            store_tile(dk, HEADS * D, rows, cols, inside, d, D)
+
+
+@triton.jit(do_not_specialize=("sinks", "sources"))
+def flow_attention_count_kernel(
+    counts, key_mask, query_mask, cu, sinks, sources, stride_kmb, stride_kmt, stride_qmb, stride_qmt, TILE: tl.constexpr
+):
+    """(sinks, sources) of every sequence that take part, under a mask."""
+    s = tl.program_id(0)
+    row, start, length_q = sequence(s, cu, sinks, sinks)
+    length_k = sources if cu is None else length_q
+    row, start, offs = tl.cast(row, tl.int64), tl.cast(start, tl.int64), tl.arange(0, TILE)
+    count_q, count_k = length_q, length_k
+    if query_mask is not None:
+        count_q = length_q * 0
+        for first in range(0, length_q, TILE):
+            rows = first + offs
+            at = query_mask + row * stride_qmb + start * stride_qmt
+            count_q += tl.sum(kept(at, stride_qmt, rows, rows < length_q).to(tl.int32), 0)
+    if key_mask is not None:
+        count_k = length_k * 0
+        for first in range(0, length_k, TILE):
+            rows = first + offs
+            at = key_mask + row * stride_kmb + start * stride_kmt
+            count_k += tl.sum(kept(at, stride_kmt, rows, rows < length_k).to(tl.int32), 0)
+    tl.store(counts + s * 2, count_q)
+    tl.store(counts + s * 2 + 1, count_k)
+
+
+_fwd = Launcher(flow_attention_fwd_kernel)
+_bwd = Launcher(flow_attention_bwd_kernel)
+_counts = Launcher(flow_attention_count_kernel)
+
+
+def _phases(launcher, splits, programs, key, arguments, constants, config):
+    for stage in (0,) if splits == 1 else (1, 2, 3, 4):
+        launcher(programs * splits, key, arguments, (*constants, stage), config)
+
+
+def _plan(q, k, v, cu):
+    """(states, splits, config, what is new: rows behind the last sequence belong to no program)."""
+    config = flow_config(q.dtype, max(q.shape[3], v.shape[3]))
+    states = q.shape[0] if cu is None else cu.shape[0] - 1
+    splits = flow_splits(states * q.shape[2], max(q.shape[1], k.shape[1]), config[0])
+    return states, splits, config, q.new_empty if cu is None else q.new_zeros
+
+
+def flow_attention_fwd(q, k, v, key_mask, query_mask, cu, relu, clamp, eps, extra):
+    (batch, sinks, heads, width), sources, width_v = q.shape, k.shape[1], v.shape[3]
+    states, splits, config, new = _plan(q, k, v, cu)
+    y = new((batch, sinks, heads, width_v))
+    flows_q, flows_k = (new((2, batch, heads, n), dtype=torch.float32) for n in (sinks, sources))
+    sums, lse = flows_q.new_empty((states, heads, 4, width)), flows_q.new_empty((states, heads))
+    kv = flows_q.new_empty((states, heads, width, width_v))
+    programs = states * heads
+    if programs == 0:
+        return y, flows_q, flows_k, sums, lse, kv
+    parts = (programs, splits)
+    counts = q.new_empty((*parts, 2), dtype=torch.int32)
+    firsts, seconds, tops = (flows_q.new_empty((*parts, n)) for n in (2 * width, 2 * width, 2))
+    partial = flows_q.new_empty((*parts, width, width_v))
+    strides = (*time_strides(q, k, v), *mask_strides(key_mask), *mask_strides(query_mask))
+    _phases(
+        _fwd, splits, programs,
+        launch_key(q, strides, q, k, v, key_mask, query_mask, cu),
+        (
+            q, k, v, y, flows_q, flows_k, sums, lse, kv, counts, firsts, seconds, tops, partial, key_mask, query_mask,
+            cu, sinks, sources, batch, splits, clamp, eps, extra, *strides,
+        ),
+        (heads, heads // k.shape[2], *widths(q, v), relu, precision(q.dtype)),
+        config,
+    )  # fmt: skip
+    return y, flows_q, flows_k, sums, lse, kv
+
+
+def flow_attention_bwd(dy, q, k, v, key_mask, query_mask, cu, flows_q, flows_k, sums, lse, kv, relu, clamp, eps, extra):
+    (batch, sinks, heads, width), sources, width_v = q.shape, k.shape[1], v.shape[3]
+    states, splits, config, new = _plan(q, k, v, cu)
+    dq, dk = new(q.shape), new((batch, sources, heads, width))
+    dv = new((batch, sources, heads, width_v))
+    programs = states * heads
+    if programs == 0:
+        return dq, dk, dv
+    masks = (*mask_strides(key_mask), *mask_strides(query_mask))
+    counts = None
+    if key_mask is not None or query_mask is not None:
+        counts = q.new_empty((states, 2), dtype=torch.int32)
+        _counts(
+            states, launch_key(q, masks, key_mask, query_mask, cu),
+            (counts, key_mask, query_mask, cu, sinks, sources, *masks), (), (1024, 4, 1),
+        )  # fmt: skip
+    r, t, d_out = (flows_q.new_empty((batch, heads, n)) for n in (sinks, sources, sources))
+    firsts, seconds, thirds = (flows_q.new_empty((programs, splits, n)) for n in (width, 3 * width + 1, width))
+    partial = flows_q.new_empty((programs, splits, width, width_v))
+    strides = (*time_strides(dy, q, k, v), *masks)
+    _phases(
+        _bwd, splits, programs,
+        launch_key(q, strides, dy, q, k, v, key_mask, query_mask, cu, counts),
+        (
+            dy, q, k, v, dq, dk, dv, flows_q, flows_k, sums, lse, kv, r, t, d_out, counts, firsts, seconds, thirds,
+            partial, key_mask, query_mask, cu, sinks, sources, batch, splits, clamp, eps, *strides,
+        ),
+        (heads, heads // k.shape[2], *widths(q, v), relu, precision(q.dtype)),
+        config,
+    )  # fmt: skip
+    return dq, dk, dv

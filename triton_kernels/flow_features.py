@@ -1,0 +1,115 @@
+"""Rows of features, masks and compensated sums that the Flow-Attention kernels share.
+
+Products run in tf32 (float32 inputs: three of them, float32 accuracy) on operands that are never rounded to 16 bits:
+1/I falls below the range of float16 for long sequences, and the kernels are limited by memory, not by products.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import alignments
+
+
+def precision(dtype):
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def widths(q, v):
+    """(D, M, BD, BM): the head widths and the blocks that hold them."""
+    width, width_v = q.shape[3], v.shape[3]
+    return width, width_v, max(16, triton.next_power_of_2(width)), max(16, triton.next_power_of_2(width_v))
+
+
+def time_strides(*tensors):
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
+
+
+def mask_strides(mask):
+    return (0, 0) if mask is None else mask.stride()
+
+
+def launch_key(q, strides, *tensors):
+    return (q.dtype, strides, alignments(*tensors))
+
+
+@triton.jit
+def sequence(s, cu, length, total):
+    """(row, first token, tokens) of sequence s of a batch, or of packed sequences with offsets no bad value escapes."""
+    if cu is None:
+        return s, 0, length
+    else:
+        start = tl.minimum(tl.maximum(tl.load(cu + s), 0), total)
+        end = tl.minimum(tl.maximum(tl.load(cu + s + 1), 0), total)
+        return 0, start, tl.maximum(end - start, 0)
+
+
+@triton.jit
+def load_tile(base, stride, rows, columns, keep, WIDTH: tl.constexpr):
+    """Block (rows, columns) in float32, zeros in rows not kept and past WIDTH."""
+    inside = keep[:, None] & (columns < WIDTH)[None, :]
+    pointers = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(base, stride, rows, columns, inside, value, WIDTH: tl.constexpr):
+    pointers = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(pointers, value.to(base.dtype.element_ty), mask=inside[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def kept(mask, stride, rows, inside):
+    """Which rows take part."""
+    if mask is None:
+        return inside
+    else:
+        return inside & (tl.load(mask + rows.to(tl.int64) * stride, mask=inside, other=0) != 0)
+
+
+@triton.jit
+def features(raw, keep, columns, WIDTH: tl.constexpr, RELU: tl.constexpr):
+    """phi(raw), zeros in rows not kept and past WIDTH."""
+    f = tl.maximum(raw, 0.0) + 1e-6 if RELU else 1.0 / (1.0 + tl.exp(-raw))
+    return tl.where(keep[:, None] & (columns < WIDTH)[None, :], f, 0.0)
+
+
+@triton.jit
+def slope(raw, f, RELU: tl.constexpr):
+    """phi'(raw), given phi."""
+    return tl.where(raw > 0.0, 1.0, 0.0) if RELU else f * (1.0 - f)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def clamped(x, clamp):
+    return tl.minimum(tl.maximum(x, -clamp), clamp)
+
+
+@triton.jit
+def add(total, lost, x):
+    """total + x, with what the rounding lost carried along (Kahan)."""
+    y = x - lost
+    after = total + y
+    return after, (after - total) - y
+
+
+@triton.jit
+def load_row(base, columns, WIDTH: tl.constexpr):
+    return tl.load(base + columns, mask=columns < WIDTH, other=0.0)
+
+
+@triton.jit
+def load_state(base, rows, columns, D: tl.constexpr, M: tl.constexpr):
+    inside = (rows < D)[:, None] & (columns < M)[None, :]
+    return tl.load(base + rows[:, None] * M + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_state(base, rows, columns, value, D: tl.constexpr, M: tl.constexpr):
+    inside = (rows < D)[:, None] & (columns < M)[None, :]
+    tl.store(base + rows[:, None] * M + columns[None, :], value, mask=inside)
