@@ -3,6 +3,13 @@
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import RelativeBias
+from flowattn.ops.axial_attention import (
+    axial_attention,
+    axial_attention_qkvpacked,
+    axial_attention_step,
+    axial_attention_sum,
+    axial_shift,
+)
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
@@ -23,6 +30,11 @@ __all__ = [
     "RelativeBias",
     "TokenBudgetBatchSampler",
     "aaren_attention",
+    "axial_attention",
+    "axial_attention_qkvpacked",
+    "axial_attention_step",
+    "axial_attention_sum",
+    "axial_shift",
     "bias_gelu",
     "bias_residual_layer_norm",
     "explain",

@@ -16,6 +16,11 @@ _SCORES = (
     " float dropout_p=0.0, Tensor? rng=None"
 )
 
+_AXIAL_BWD = (
+    "Tensor out, Tensor lse, Tensor? bias, Tensor? cos, Tensor? sin, int axis, float scale, int mask, bool interleaved,"
+    " bool want_dbias"
+)
+
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "bias_gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
@@ -25,6 +30,12 @@ SCHEMAS = {
     "bias_residual_layer_norm_bwd": "(Tensor dy, Tensor? dz, Tensor x, Tensor? bias, Tensor? residual, Tensor? weight,"
     " Tensor? ln_bias, Tensor stats, Tensor? inverse, bool want_params)"
     " -> (Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)",
+    "axial_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cos, Tensor? sin, int axis,"
+    " float scale, int mask, bool interleaved) -> (Tensor out, Tensor lse)",
+    "axial_attention_bwd": f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_AXIAL_BWD})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    "axial_attention_qkvpacked_bwd": f"(Tensor dout, Tensor? dlse, Tensor qkv, {_AXIAL_BWD})"
+    " -> (Tensor dqkv, Tensor dbias)",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
@@ -49,7 +60,13 @@ SCHEMAS = {
     f" bool deterministic, {_SCORES}, bool want_dbias=False)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
 }
-TRITON_OPS = {"varlen_attention_fwd": "varlen_attention", "varlen_attention_bwd": "varlen_attention"}
+TRITON_OPS = {
+    "axial_attention_fwd": "axial_attention",
+    "axial_attention_bwd": "axial_attention",
+    "axial_attention_qkvpacked_bwd": "axial_attention",
+    "varlen_attention_fwd": "varlen_attention",
+    "varlen_attention_bwd": "varlen_attention",
+}
 
 _LIB = torch.library.Library("flowattn", "DEF")
 
