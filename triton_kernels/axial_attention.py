@@ -26,9 +26,11 @@ def _places(first, start, total, length, ROWS: tl.constexpr, PAD: tl.constexpr, 
     """(sequence, position, whether both exist) of ROWS rows from row `start` of a program's first sequence on."""
     rows = start + tl.arange(0, ROWS)
     if SEQS == 1:
-        return first, rows, rows < length
-    sequence, position = first + rows // PAD, rows % PAD
-    return sequence, position, (position < length) & (sequence < total)
+        sequence, position, inside = first, rows, rows < length
+    else:
+        sequence, position = first + rows // PAD, rows % PAD
+        inside = (position < length) & (sequence < total)
+    return sequence, position, inside
 
 
 @triton.jit

@@ -72,3 +72,10 @@ def bias_at(bias, group):
         return None
     *batch, head, row, key = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride()))
     return (row, head, key), (*batch, head * group)
+
+
+def head_lines_at(x, axis):
+    """A tensor (grid.., heads, width) whose heads are numbered apart from the batch axes: own stride 1 is a head's."""
+    *grid, head = x.stride()[:-1]
+    row = grid.pop(axis)
+    return (row, head), tuple(grid)

@@ -11,6 +11,7 @@ from flowattn.ops.axial_attention import (
     axial_shift,
 )
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
+from flowattn.ops.factorized_attention import axis_means, factorized_attention
 from flowattn.ops.linear_scan import linear_scan
 from flowattn.ops.packing import PackPlan, pack, pack_plan, unpack
 from flowattn.ops.prefix_attention import (
@@ -35,9 +36,11 @@ __all__ = [
     "axial_attention_step",
     "axial_attention_sum",
     "axial_shift",
+    "axis_means",
     "bias_gelu",
     "bias_residual_layer_norm",
     "explain",
+    "factorized_attention",
     "linear_scan",
     "pack",
     "pack_plan",

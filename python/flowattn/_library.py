@@ -36,6 +36,9 @@ SCHEMAS = {
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
     "axial_attention_qkvpacked_bwd": f"(Tensor dout, Tensor? dlse, Tensor qkv, {_AXIAL_BWD})"
     " -> (Tensor dqkv, Tensor dbias)",
+    "factorized_attention_fwd": "(Tensor v, Tensor[] kernels, int[] axes) -> Tensor",
+    "factorized_attention_bwd": "(Tensor dout, Tensor v, Tensor[] kernels, int[] axes)"
+    " -> (Tensor dv, Tensor[] dkernels)",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
@@ -61,6 +64,8 @@ SCHEMAS = {
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor drel_table)",
 }
 TRITON_OPS = {
+    "factorized_attention_fwd": "factorized_attention",
+    "factorized_attention_bwd": "factorized_attention",
     "axial_attention_fwd": "axial_attention",
     "axial_attention_bwd": "axial_attention",
     "axial_attention_qkvpacked_bwd": "axial_attention",
