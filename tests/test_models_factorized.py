@@ -116,6 +116,8 @@ def test_ifactformer_repeats_one_block(axes):
     before = x.clone()
     torch.testing.assert_close(model(x, positions), expected, rtol=1e-8, atol=1e-10)
     assert torch.equal(x, before)
+    model.increment = True
+    torch.testing.assert_close(model(x, positions), x[:, -1] + expected, rtol=1e-8, atol=1e-10)
 
 
 def test_ifactformer_rollout_feeds_results_back():

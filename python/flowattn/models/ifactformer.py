@@ -64,6 +64,7 @@ class IFactFormerM(nn.Module):
 
     forward(x, positions): x (B, frames, N_1..N_r, fields), positions r vectors of physical coordinates (N_a,); returns
     (B, N_1..N_r, fields). Any grid, also one the model was not trained on. `rollout` feeds results back.
+    increment=True: what the decoder returns is added to the last frame.
     `from_config("tiny" | "channel")`: "channel" is the published size (turbulent channel flow, 32 x 33 x 16 points).
     parallel=False is IFactFormer-o, whose kernels are chained.
     Source: Yang et al., IFactFormer-m (2024), section 3. The published code changes its input in place; this does not.
@@ -74,10 +75,13 @@ class IFactFormerM(nn.Module):
     torch.Size([1, 8, 7, 2])
     """
 
-    def __init__(self, axes, frames, fields, dim, heads, head_width, *, steps=10, parallel=True, kernel_multiplier=3):
+    def __init__(
+        self, axes, frames, fields, dim, heads, head_width, *, steps=10, parallel=True, increment=False,
+        kernel_multiplier=3,
+    ):  # fmt: skip
         super().__init__()
         checks.require(dim % (2 * fields) == 0, _NAME, "2 * fields must divide dim", (fields, dim))
-        self.frames, self.steps = frames, steps
+        self.frames, self.steps, self.increment = frames, steps, increment
         self.encoder, self.positions = FieldEncoder(frames, fields, dim), FourierPositions(axes, dim)
         mode = "parallel" if parallel else "chained"
         self.block = FactorizedBlock(dim, axes, heads, head_width, mode=mode, kernel_multiplier=kernel_multiplier)
@@ -94,7 +98,8 @@ class IFactFormerM(nn.Module):
         u = self.encoder(x) + self.positions(positions)
         for _ in range(self.steps):
             u = u + self.block(u, positions) / self.steps
-        return self.decoder(u)
+        out = self.decoder(u)
+        return x[:, -1] + out if self.increment else out
 
     def rollout(self, x, positions, length):
         """The next `length` frames (B, length, N_1..N_r, fields), each from the ones before."""
