@@ -19,8 +19,8 @@ import torch
 from flowattn.models.ifactformer import IFactFormerM
 
 POINTS, KEPT = 64, 32  # of the solver, and of the frames the model sees
-VISCOSITY, STEP, STEPS_A_FRAME = 8e-3, 0.02, 8
-FRAMES = 26
+VISCOSITY, STEP, STEPS_A_FRAME = 1e-2, 0.02, 8
+FRAMES = 22
 
 
 class Flow:
@@ -58,7 +58,7 @@ class Flow:
         """Random vortices, a few across the square, with a root mean square velocity of 1."""
         noise = np.fft.rfft2(rng.standard_normal((flows, len(self.kx), len(self.kx))))
         radius = np.sqrt(-self.laplace)
-        w = noise * np.exp(-((radius - 3.5) ** 2) / 2) * self.alias_free
+        w = noise * np.exp(-((radius - 3) ** 2) / 2) * self.alias_free
         u, v = self.velocity(w)
         return w / np.sqrt((u**2 + v**2).mean((1, 2), keepdims=True))
 
@@ -137,13 +137,13 @@ def plot(path, predicted, true, curves, shown):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--flows", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--flows", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
     torch.manual_seed(0)
     flows, unseen = simulate(options.flows, seed=0), simulate(8, seed=1)
-    positions = [torch.linspace(0, 2 * np.pi, KEPT + 1)[:-1] for _ in range(2)]
+    positions = [torch.arange(KEPT) / KEPT] * 2  # in sides of the square, whose frequencies the encodings then resolve
     model = IFactFormerM(2, 2, 2, 48, 4, 16, steps=4, increment=True)
     model = train(model, flows, positions, options.steps)
     with torch.no_grad():

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from flowattn.reference.axial_attention import rotate
 
-from .axial_attention_configs import SHORT, fits_one_backward, short
+from .axial_attention_configs import padded_width, short
 from .axial_lines import batch_axes, bias_at, channels_at, merged, offset, values_at
 from .launch import Launcher, alignments
 
@@ -187,8 +187,7 @@ class Call:
         # float32 works in natural units, the half-precision types in those of log2(e), which spares a product a score.
         self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
         self.unit = scale if self.precision == "tf32x3" else scale * LOG2E
-        # One padded width for both: see _constants in varlen_attention.py.
-        self.block = max(16, triton.next_power_of_2(max(self.width, self.width_v)))
+        self.block = padded_width(self.width, self.width_v)
         self.common = (self.rank, self.group, self.width, self.width_v, self.block, mask, self.precision)
 
 
@@ -200,12 +199,12 @@ def axial_attention_fwd(q, k, v, bias, cos, sin, axis, scale, mask, interleaved)
     group = q.shape[-2] // k.shape[-2]
     tensors = [channels_at(x, axis, g) for x, g in ((q, group), (k, 1), (v, 1), (out, group))]
     call = Call(q, k, v, axis, scale, mask, (*tensors, values_at(lse, axis, group), bias_at(bias, group)))
-    if max(call.n, call.m) > SHORT:
+    config = short(q.dtype, call.block, call.n, call.m)
+    if config is None:
         from .axial_attention_long import forward
 
         forward(call, q, k, v, out, lse, scale)
         return out, lse
-    config = short(q.dtype, call.block, call.n, call.m, False, False)
     _fwd(
         triton.cdiv(call.sequences, config[2]),
         (q.dtype, None if bias is None else bias.dtype, alignments(q, k, v, bias)),
@@ -249,8 +248,9 @@ def _backward(
     tensors += [values_at(x, axis, group) for x in (lse, dlse)] + [bias_at(bias, group)]
     sharing = Sharing(q, k, axis, bias) if want_dbias else None
     call = Call(q, k, v, axis, scale, mask, tensors, sharing.order if sharing else None)
-    if fits_one_backward(call.block, call.n, call.m):
-        dbias = _one_kernel(call, sharing, dout, dlse, q, k, v, dq, dk, dv, bias, scale, dbias)
+    config = short(q.dtype, call.block, call.n, call.m, backward=True, alone=want_dbias)
+    if config is not None:
+        dbias = _one_kernel(call, config, sharing, dout, dlse, q, k, v, dq, dk, dv, bias, scale, dbias)
     else:
         from .axial_attention_long import backward
 
@@ -261,9 +261,8 @@ def _backward(
     return dbias
 
 
-def _one_kernel(call, sharing, dout, dlse, q, k, v, dq, dk, dv, bias, scale, dbias):
+def _one_kernel(call, config, sharing, dout, dlse, q, k, v, dq, dk, dv, bias, scale, dbias):
     (sq, sk, sv, sdo, sdq, sdk, sdv, _, _, sdlse, sbias) = call.strides
-    config = short(q.dtype, call.block, call.n, call.m, True, sharing is not None)
     sums, programs, lines, parts, group = None, triton.cdiv(call.sequences, config[2]), 1, 1, 1
     if sharing:
         lines, parts, group = sharing.lines, sharing.parts, sharing.group

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from flowattn import _native, checks, dispatch
 from flowattn._library import fake, op
 from flowattn.reference.axial_attention import axial_attention as reference
+from flowattn.triton_kernels.axial_attention_configs import padded_width, short
 
 _OP = "axial_attention"
 _LAYOUTS = ("channels_last", "channels_first")
@@ -305,9 +306,16 @@ def _refuse_triton(q, k, v, bias, cos, sin, axis, *rest):
         reason = "no float64"
     if reason is None and max(q.shape[-1], v.shape[-1]) > 256:
         reason = f"head width must be at most 256; got {max(q.shape[-1], v.shape[-1])}"
-    if reason is None and bias is not None and max(q.shape[axis], k.shape[axis]) > 256:
-        reason = f"with a bias the axis must be at most 256 long; got {max(q.shape[axis], k.shape[axis])}"
+    if reason is None and bias is not None and not _fits_program(q, k, v, axis):
+        got = f"{k.shape[axis]} keys of width {max(q.shape[-1], v.shape[-1])}"
+        reason = f"with a bias one program must hold all keys of a line; got {got}"
     return reason
+
+
+def _fits_program(q, k, v, axis):
+    """Whether the kernels that take a bias, forward and backward, do."""
+    width, lengths = padded_width(q.shape[-1], v.shape[-1]), (q.shape[axis], k.shape[axis])
+    return all(short(q.dtype, width, *lengths, backward, alone=True) for backward in (False, True))
 
 
 def _probe(device):
