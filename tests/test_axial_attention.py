@@ -47,12 +47,12 @@ def test_length_regimes(backend, place, lengths, mask):
 
 @pytest.mark.parametrize(
     "shape",
-    ((1, 1, 2, 5, 5), (2, 3, 2, 5, 5), (2, 1, 1, 5, 5), (1, 3, 2, 1, 5), (2, 5, 1), (5, 5)),
+    ((1, 1, 4, 5, 5), (2, 3, 4, 5, 5), (2, 1, 1, 5, 5), (1, 3, 4, 1, 5), (4, 5, 1), (5, 5)),
     ids=str,
 )
 @on_backends
 def test_bias(backend, place, shape):
-    tensors = [*inputs((2, 5, 3), 1, device=place), torch.randn(shape, device=place)]
+    tensors = [*inputs((2, 5, 3), 1, 4, 2, device=place), torch.randn(shape, device=place)]
     check(tensors, axis=1, bias=True, causal=shape[-1] == 5)
 
 

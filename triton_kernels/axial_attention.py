@@ -13,12 +13,13 @@ import triton.language as tl
 
 from flowattn.reference.axial_attention import rotate
 
+from . import axial_attention_long
 from .axial_attention_configs import padded_width, short
 from .axial_lines import batch_axes, bias_at, channels_at, merged, offset, values_at
 from .launch import Launcher, alignments
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def _store(pointers, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _softmax(
-    qb, kb, bias, sequence, head, position, inside, keys, keys_inside, first, start, shift, unit,
+    qb, kb, bias, sequence, head, position, inside, keys, keys_inside, start, shift, unit,
     SIZES: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, PAD_Q: tl.constexpr,
     PAD_K: tl.constexpr, SEQS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +69,7 @@ def _softmax(
     if bias is not None:
         rows = _pointers(bias, sequence, head, position, SIZES, BIAS, RANK)
         added = tl.load(rows[:, None] + keys[None, :] * BIAS[2 + RANK], mask=keep, other=0.0).to(tl.float32)
-        s += added if PRECISION == "tf32x3" else added * 1.4426950408889634
+        s += added if PRECISION == "tf32x3" else added * LOG2E
     if MASK > 0:
         keep = keep & (keys[None, :] <= position[:, None] + shift)
     if SEQS > 1:
@@ -104,7 +105,7 @@ def axial_attention_fwd_kernel(
             sequence, position, inside = _places(first, start, total, n, BM, PAD_Q, SEQS)
             qb = _load(_pointers(q, sequence, head, position, SIZES, Q, RANK), inside, D, BD)
             p, top, row_sum, empty = _softmax(
-                qb, kb, bias, sequence, head, position, inside, keys, keys_inside, first, start, shift, unit,
+                qb, kb, bias, sequence, head, position, inside, keys, keys_inside, start, shift, unit,
                 SIZES, BIAS, RANK, MASK, PAD_Q, PAD_K, SEQS, BM, BK, PRECISION,
             )  # fmt: skip
             acc = tl.dot(p.to(vb.dtype), vb, input_precision=PRECISION) / row_sum[:, None]
@@ -143,7 +144,7 @@ def axial_attention_bwd_kernel(
                 qb = _load(_pointers(q, sequence, head, position, SIZES, Q, RANK), inside, D, BD)
                 dob = _load(_pointers(do, sequence, head, position, SIZES, DO, RANK), inside, DV, BD)
                 p, top, row_sum, empty = _softmax(
-                    qb, kb, bias, sequence, head, position, inside, keys, keys_inside, first, start, shift, unit,
+                    qb, kb, bias, sequence, head, position, inside, keys, keys_inside, start, shift, unit,
                     SIZES, BIAS, RANK, MASK, PAD_Q, PAD_K, SEQS, BM, BK, PRECISION,
                 )  # fmt: skip
                 p = p / row_sum[:, None]
@@ -186,7 +187,7 @@ class Call:
         self.shift = self.m - self.n - (mask == 2)
         # float32 works in natural units, the half-precision types in those of log2(e), which spares a product a score.
         self.precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-        self.unit = scale if self.precision == "tf32x3" else scale * LOG2E
+        self.unit = scale if self.precision == "tf32x3" else scale * LOG2E.value
         self.block = padded_width(self.width, self.width_v)
         self.common = (self.rank, self.group, self.width, self.width_v, self.block, mask, self.precision)
 
@@ -201,9 +202,7 @@ def axial_attention_fwd(q, k, v, bias, cos, sin, axis, scale, mask, interleaved)
     call = Call(q, k, v, axis, scale, mask, (*tensors, values_at(lse, axis, group), bias_at(bias, group)))
     config = short(q.dtype, call.block, call.n, call.m)
     if config is None:
-        from .axial_attention_long import forward
-
-        forward(call, q, k, v, out, lse, scale)
+        axial_attention_long.forward(call, q, k, v, out, lse, scale)
         return out, lse
     _fwd(
         triton.cdiv(call.sequences, config[2]),
@@ -252,9 +251,7 @@ def _backward(
     if config is not None:
         dbias = _one_kernel(call, config, sharing, dout, dlse, q, k, v, dq, dk, dv, bias, scale, dbias)
     else:
-        from .axial_attention_long import backward
-
-        backward(call, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale)
+        axial_attention_long.backward(call, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale)
     if cos is not None:
         for x in (dq, dk):
             x.copy_(rotate(x.float(), cos, sin, interleaved, inverse=True, axis=axis))

@@ -52,6 +52,7 @@ class AxialCall {
  public:
   AxialCall(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& bias, const MaybeTensor& cos,
             const MaybeTensor& sin, int64_t axis, double scale, int64_t mask, bool interleaved);
+  AxialCall(const AxialCall&) = delete;  // `op` points into it
 
   // Lines of a tensor of the grid of q (or of k, where `keys`), checked; width 0 means per-row values.
   Lines lines(const char* name, const Tensor& x, ScalarType dtype, bool keys, int64_t heads, int64_t width) const;
