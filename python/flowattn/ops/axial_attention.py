@@ -62,12 +62,9 @@ def axial_attention(
     >>> axial_attention(x, x, x, 1).shape  # each column attends
     torch.Size([2, 6, 5, 4, 8])
     """
-    checks.require(layout in _LAYOUTS, _OP, f"layout must be one of {_LAYOUTS}", repr(layout))
-    if layout == "channels_first":
-        q, k, v, axis = _channels_last(q, k, v, axis)
     call = _prepare(
         q, k, v, axis, causal=causal, exclusive=exclusive, scale=scale, bias=bias, rope=rope,
-        rope_interleaved=rope_interleaved,
+        rope_interleaved=rope_interleaved, layout=layout,
     )  # fmt: skip
     out, lse = _run(call, None)
     if layout == "channels_first":
@@ -232,7 +229,10 @@ def _prepare(
     q, k, v, axis, *, causal=False, exclusive=False, scale=None, bias=None, rope=None, rope_interleaved=False,
     layout="channels_last", return_lse=False,
 ):  # fmt: skip
-    """The public arguments in channels_last, checked, as those of the private op."""
+    """The public arguments, checked, as those of the private op: channels last."""
+    checks.require(layout in _LAYOUTS, _OP, f"layout must be one of {_LAYOUTS}", repr(layout))
+    if layout == "channels_first":
+        q, k, v, axis = _channels_last(q, k, v, axis)
     names, (q, k, v) = ("q", "k", "v"), checks.autocast(q, k, v)
     checks.float_dtype(_OP, "q", q)
     checks.same_dtype_device(_OP, names, (q, k, v))
