@@ -139,7 +139,7 @@ def plot(path, predicted, true, curves, shown):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--flows", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
