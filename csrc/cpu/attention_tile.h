@@ -28,7 +28,7 @@ struct Sequence {
         k0(op.cu_k[b]),
         lq(op.cu_q[b + 1] - q0),
         lk(op.cu_k[b + 1] - k0),
-        shift(op.top_left ? 0 : lk - lq),
+        shift(op.shift + (op.top_left ? 0 : lk - lq)),
         left(op.left),
         right(op.right) {}
 

@@ -63,6 +63,14 @@ struct ScoreOptions {
   double kept;  // 1 / (1 - p), the factor of a kept probability
 };
 
+// Rotary position tables (rows, pairs) and their transposes, in the compute type.
+struct Rotation {
+  const void *cos, *sin, *cos_columns, *sin_columns;
+  int64_t rows, pairs;       // pairs 0: none
+  int64_t q_first, k_first;  // table row of the first query and of the first key
+  bool interleaved;          // channel pairs (2c, 2c + 1) instead of (c, c + pairs)
+};
+
 struct VarlenAttention {
   Storage storage;
   int64_t heads, heads_kv, width, width_v;
@@ -70,6 +78,8 @@ struct VarlenAttention {
   double scale;
   int64_t left, right;  // -1 = unbounded
   bool top_left;
+  int64_t shift;  // added to that of the mask: -1 hides the diagonal of a causal one
+  Rotation rotation;
   PackedRows q, k, v, out;
   RowValues lse;
   int64_t max_rows, max_keys;  // of one task's tiles; they size the scratch memory

@@ -4,6 +4,7 @@
 // A task either covers a whole sequence and yields dq, dk and dv, or a row of tiles and yields dq, or a column of tiles
 // and yields dk and dv. Tiles are the same and are summed in the same order in all three, so the bits are too.
 #include "cpu/attention_tile.h"
+#include "cpu/rotation.h"
 #include "cpu/score_modification.h"
 #include "cpu/varlen_attention.h"
 
@@ -121,18 +122,24 @@ class BackwardItem {
     pack_transposed<T>(k, op_.k.row, n, op_.width, slot.kt, at_.ldk);
     pack_transposed<T>(row_of<S>(op_.v, row, head_kv_), op_.v.row, n, op_.width_v, slot.vt, at_.ldk);
     if (op_.want_dq) load_rows<T>(k, op_.k.row, n, op_.width, T(1), slot.k, at_.ldq);
+    if (rotation_.pairs) rotate_columns(rotation_, rotation_.k_first + first, n, slot.kt, at_.ldk);
+    if (rotation_.pairs && op_.want_dq) rotate_rows(rotation_, rotation_.k_first + first, n, slot.k, at_.ldq, false);
     if (op_.want_dkv) clear(slot.dk, n * at_.ldq), clear(slot.dv, n * at_.ldv);
   }
 
   void store_keys(int64_t first) {
     const KeySlot<T> slot = this->slot(first);
     const int64_t n = tile_keys(first), row = sequence_.k0 + first;
+    if (rotation_.pairs) rotate_rows(rotation_, rotation_.k_first + first, n, slot.dk, at_.ldq, true);
     store_rows<S, T>(slot.dk, at_.ldq, n, op_.width, 1, row_of<S>(op_.dk, row, head_kv_), op_.dk.row);
     store_rows<S, T>(slot.dv, at_.ldv, n, op_.width_v, 1, row_of<S>(op_.dv, row, head_kv_), op_.dv.row);
   }
 
   void load_queries(int64_t head, int64_t row0, int64_t rows) {
     load_rows<T>(row_of<S>(op_.q, row0, head), op_.q.row, rows, op_.width, T(op_.scale), at_.q, at_.ldq);
+    if (rotation_.pairs) {
+      rotate_rows(rotation_, rotation_.q_first + row0 - sequence_.q0, rows, at_.q, at_.ldq, false);
+    }
     load_rows<T>(row_of<S>(op_.dout, row0, head), op_.dout.row, rows, op_.width_v, T(1), at_.dout, at_.ldv);
     if (op_.want_dq) clear(at_.dq, rows * at_.ldq);
     for (int64_t r = 0; r < rows; ++r) {
@@ -162,6 +169,7 @@ class BackwardItem {
     }
     modification_.end(task_.first_tile + row / kQueryTile, at_.dq);
     if (op_.want_dq) {
+      if (rotation_.pairs) rotate_rows(rotation_, rotation_.q_first + row, rows, at_.dq, at_.ldq, true);
       store_rows<S, T>(at_.dq, at_.ldq, rows, op_.width, T(op_.scale), row_of<S>(op_.dq, row0, head), op_.dq.row);
     }
   }
@@ -213,6 +221,7 @@ class BackwardItem {
   }
 
   const VarlenAttention& op_;
+  const Rotation& rotation_ = op_.rotation;
   const VarlenTask& task_;
   const int64_t head_kv_;
   const BackwardScratch<T>& at_;

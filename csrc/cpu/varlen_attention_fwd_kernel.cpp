@@ -1,5 +1,6 @@
 // Forward of varlen_attention: one item is one tile of query rows of one head, online softmax over key tiles.
 #include "cpu/attention_tile.h"
+#include "cpu/rotation.h"
 #include "cpu/score_modification.h"
 #include "cpu/varlen_attention.h"
 
@@ -78,6 +79,7 @@ void forward_tile(const VarlenAttention& op, const VarlenTask& task, int64_t hea
   const int64_t rows = task.q_end - task.q_begin, row0 = sequence.q0 + task.q_begin;
   const int64_t head_kv = head / (op.heads / op.heads_kv);
   load_rows<T>(row_of<S>(op.q, row0, head), op.q.row, rows, op.width, T(op.scale), at.q, at.ldq);
+  if (op.rotation.pairs) rotate_rows(op.rotation, op.rotation.q_first + task.q_begin, rows, at.q, at.ldq, false);
   for (int64_t r = 0; r < padded(rows); ++r) at.top[r] = kMinusInfinity<T>, at.total[r] = 0;
 
   const KeyRange keys = sequence.tile_keys(task.q_begin, task.q_end);
@@ -92,6 +94,7 @@ void forward_tile(const VarlenAttention& op, const VarlenTask& task, int64_t hea
     const T* q = at.q + seeing.begin * at.ldq;
     T* out = at.out + seeing.begin * at.ldv;
     pack_transposed<T>(row_of<S>(op.k, sequence.k0 + first, head_kv), op.k.row, n, op.width, at.kt, at.ldk);
+    if (op.rotation.pairs) rotate_columns(op.rotation, op.rotation.k_first + first, n, at.kt, at.ldk);
     load_rows<T>(row_of<S>(op.v, sequence.k0 + first, head_kv), op.v.row, n, op.width_v, T(1), at.v, at.ldv);
     gemm<T>(count, n, op.width, q, at.ldq, 1, at.kt, at.ldk, at.scores, at.ldk, false);
     modification.begin_keys(seeing, {first, first + n}, at.kt, at.ldk);

@@ -3,9 +3,17 @@
 from flowattn.data import TokenBudgetBatchSampler, pack_sequences
 from flowattn.dispatch import FallbackWarning, explain, use_backend
 from flowattn.ops.attention_scores import DisentangledBias, RelativeBias
+from flowattn.ops.axial_attention import (
+    axial_attention,
+    axial_attention_qkvpacked,
+    axial_attention_step,
+    axial_attention_sum,
+    axial_shift,
+)
 from flowattn.ops.chunk_hybrid_attention import chunk_hybrid_attention
 from flowattn.ops.decays import decay_preset
 from flowattn.ops.encoder_fusions import bias_gelu, bias_residual_layer_norm
+from flowattn.ops.factorized_attention import axis_means, factorized_attention
 from flowattn.ops.fixed_point_inverse import fixed_point_inverse
 from flowattn.ops.flow_affine import flow_affine_forward, flow_affine_inverse
 from flowattn.ops.flow_attention import FLOW_PRESETS, FlowState, flow_attention, flow_attention_step
@@ -40,12 +48,19 @@ __all__ = [
     "SelectiveInputs",
     "TokenBudgetBatchSampler",
     "aaren_attention",
+    "axial_attention",
+    "axial_attention_qkvpacked",
+    "axial_attention_step",
+    "axial_attention_sum",
+    "axial_shift",
+    "axis_means",
     "bi_selective_scan",
     "bias_gelu",
     "bias_residual_layer_norm",
     "chunk_hybrid_attention",
     "decay_preset",
     "explain",
+    "factorized_attention",
     "fixed_point_inverse",
     "flow_affine_forward",
     "flow_affine_inverse",

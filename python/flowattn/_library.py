@@ -38,6 +38,11 @@ _FLOW_BLOCK = (
 _FLOW_OPTIONS = "bool relu, float clamp, float eps, float extra"
 _FLOW_STATE = "Tensor? sums, Tensor? total, Tensor? count, Tensor? state"
 
+_AXIAL_BWD = (
+    "Tensor out, Tensor lse, Tensor? bias, Tensor? cos, Tensor? sin, int axis, float scale, int mask, bool interleaved,"
+    " bool want_dbias"
+)
+
 # name -> arguments and results; shapes and meanings are in ops/<op>.py.
 SCHEMAS = {
     "bias_gelu_fwd": "(Tensor x, Tensor? bias, bool tanh) -> Tensor",
@@ -72,6 +77,15 @@ SCHEMAS = {
     "flow_attention_bwd": "(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? query_mask,"
     " Tensor? cu_seqlens, Tensor flows_q, Tensor flows_k, Tensor sums, Tensor lse, Tensor kv,"
     f" {_FLOW_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "axial_attention_fwd": "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? cos, Tensor? sin, int axis,"
+    " float scale, int mask, bool interleaved) -> (Tensor out, Tensor lse)",
+    "axial_attention_bwd": f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, {_AXIAL_BWD})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)",
+    "axial_attention_qkvpacked_bwd": f"(Tensor dout, Tensor? dlse, Tensor qkv, {_AXIAL_BWD})"
+    " -> (Tensor dqkv, Tensor dbias)",
+    "factorized_attention_fwd": "(Tensor v, Tensor[] kernels, int[] axes) -> Tensor",
+    "factorized_attention_bwd": "(Tensor dout, Tensor v, Tensor[] kernels, int[] axes)"
+    " -> (Tensor dv, Tensor[] dkernels)",
     "gather_rows": "(Tensor src, Tensor index, float fill) -> Tensor",
     "aaren_scores_fwd": "(Tensor query, Tensor keys, float scale) -> Tensor",
     "aaren_scores_bwd": "(Tensor dscores, Tensor query, Tensor keys, float scale) -> (Tensor dquery, Tensor dkeys)",
@@ -114,11 +128,15 @@ SCHEMAS = {
 TRITON_OPS = {
     f"{name}_{direction}": name
     for name in (
-        "causal_flow_attention", "chunk_hybrid_attention", "flow_attention", "linear_attention", "selective_scan",
-        "varlen_attention",
+        "axial_attention", "causal_flow_attention", "chunk_hybrid_attention", "factorized_attention", "flow_attention",
+        "linear_attention", "selective_scan", "varlen_attention",
     )
     for direction in ("fwd", "bwd")
-} | {"grid_retention_fwd": "grid_retention", "varlen_attention_bwd": "varlen_attention_bwd"}  # fmt: skip
+} | {
+    "axial_attention_qkvpacked_bwd": "axial_attention",
+    "grid_retention_fwd": "grid_retention",
+    "varlen_attention_bwd": "varlen_attention_bwd",
+}  # fmt: skip
 
 _LIB = torch.library.Library("flowattn", "DEF")
 

@@ -1,0 +1,199 @@
+"""Attention along axes longer than 256: online softmax over key blocks, and a backward of two kernels (dQ by query
+tile, dK and dV by key tile), with the loops of varlen_attention.py over lines of any stride.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .axial_attention_configs import long_backward, long_forward
+from .axial_lines import offset
+from .intervals import tile_interval
+from .launch import Launcher, alignments
+from .varlen_attention import LN2, _dkv_queries, _dq_keys, _fwd_keys, _row_lse, _rows, _store_rows
+
+SIZE_ARGUMENTS = ("tiles", "n", "m", "shift")
+
+
+@triton.jit
+def _line(base, sequence, head, SIZES: tl.constexpr, STRIDES: tl.constexpr, RANK: tl.constexpr):
+    """(pointer to the first row of a line, int64 stride of its rows)."""
+    return base + offset(sequence, SIZES, STRIDES, RANK) + head * STRIDES[1], tl.full([], STRIDES[0], tl.int64)
+
+
+@triton.jit
+def _owned(tiles, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """(line, sequence, head in its group, first row) of a program; the tiles of a line are neighbours."""
+    program = tl.program_id(0)
+    line = program // tiles
+    return line, line // GROUP, line % GROUP, program % tiles * BLOCK
+
+
+@triton.jit(do_not_specialize=SIZE_ARGUMENTS)
+def axial_attention_long_fwd_kernel(
+    q, k, v, out, lse, tiles, n, m, shift, scale, unit,
+    SIZES: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OUT: tl.constexpr, LSE: tl.constexpr,
+    RANK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    _, sequence, head, row = _owned(tiles, GROUP, BM)
+    q, q_row = _line(q, sequence, head, SIZES, Q, RANK)
+    k, k_row = _line(k, sequence, 0, SIZES, K, RANK)
+    v, v_row = _line(v, sequence, 0, SIZES, V, RANK)
+    out, out_row = _line(out, sequence, head, SIZES, OUT, RANK)
+    lse, lse_row = _line(lse, sequence, head, SIZES, LSE, RANK)
+    offs, channels = tl.arange(0, BM), tl.arange(0, BD)
+    CAUSAL: tl.constexpr = MASK > 0
+    qb = _rows(q, row, q_row, n, offs, channels, D, BD, True)
+    if PRECISION == "tf32x3":
+        qb *= scale
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    begin, full_begin, full_end, end = tile_interval(row, BM, m, shift, 0, 0, BN, False, CAUSAL)
+    acc, top, total = _fwd_keys(
+        acc, top, total, qb, k, v, k_row, v_row, full_begin, full_end, row, m, shift, 0, 0, unit, D, DV, BM, BN, BD,
+        BD, False, NEGATIVE, False, CAUSAL, PRECISION,
+    )  # fmt: skip
+    acc, top, total = _fwd_keys(
+        acc, top, total, qb, k, v, k_row, v_row, full_end, end, row, m, shift, 0, 0, unit, D, DV, BM, BN, BD,
+        BD, True, NEGATIVE, False, CAUSAL, PRECISION,
+    )  # fmt: skip
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    _store_rows(out, row, out_row, n, offs, channels, acc / total[:, None], DV)
+    value = (top if PRECISION == "tf32x3" else top * LN2) + tl.log(total)
+    tl.store(lse + (row + offs) * lse_row, tl.where(empty, float("-inf"), value), mask=row + offs < n)
+
+
+@triton.jit(do_not_specialize=SIZE_ARGUMENTS)
+def axial_attention_long_bwd_dq_kernel(
+    q, k, v, out, do, dq, lse, dlse, delta, tiles, n, m, shift, scale, unit,
+    SIZES: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OUT: tl.constexpr, DO: tl.constexpr,
+    DQ: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """lse, dlse and delta are (lines, n); delta = rowsum(dO * O) - dLSE is written here."""
+    line, sequence, head, row = _owned(tiles, GROUP, BM)
+    q, q_row = _line(q, sequence, head, SIZES, Q, RANK)
+    k, k_row = _line(k, sequence, 0, SIZES, K, RANK)
+    v, v_row = _line(v, sequence, 0, SIZES, V, RANK)
+    out, out_row = _line(out, sequence, head, SIZES, OUT, RANK)
+    do, do_row = _line(do, sequence, head, SIZES, DO, RANK)
+    dq, dq_row = _line(dq, sequence, head, SIZES, DQ, RANK)
+    values = tl.cast(line, tl.int64) * n
+    offs, channels = tl.arange(0, BM), tl.arange(0, BD)
+    inside = row + offs < n
+    CAUSAL: tl.constexpr = MASK > 0
+    qb = _rows(q, row, q_row, n, offs, channels, D, BD, True)
+    if PRECISION == "tf32x3":
+        qb *= scale
+    dob = _rows(do, row, do_row, n, offs, channels, DV, BD, True)
+    ob = _rows(out, row, out_row, n, offs, channels, DV, BD, True)
+    row_lse = _row_lse(lse + values, row, offs, n, PRECISION)
+    row_delta = tl.sum(dob.to(tl.float32) * ob.to(tl.float32), 1)
+    if dlse is not None:
+        row_delta -= tl.load(dlse + values + row + offs, mask=inside, other=0.0)
+    acc = tl.zeros([BM, BD], tl.float32)
+    begin, full_begin, full_end, end = tile_interval(row, BM, m, shift, 0, 0, BN, False, CAUSAL)
+    acc = _dq_keys(
+        acc, qb, dob, row_lse, row_delta, k, v, k_row, v_row, full_begin, full_end, row, m, shift, 0, 0, unit, D, DV,
+        BM, BN, BD, BD, False, NEGATIVE, False, CAUSAL, PRECISION,
+    )  # fmt: skip
+    acc = _dq_keys(
+        acc, qb, dob, row_lse, row_delta, k, v, k_row, v_row, full_end, end, row, m, shift, 0, 0, unit, D, DV,
+        BM, BN, BD, BD, True, NEGATIVE, False, CAUSAL, PRECISION,
+    )  # fmt: skip
+    tl.store(delta + values + row + offs, row_delta, mask=inside)
+    _store_rows(dq, row, dq_row, n, offs, channels, acc * scale, D)
+
+
+@triton.jit(do_not_specialize=SIZE_ARGUMENTS)
+def axial_attention_long_bwd_dkv_kernel(
+    q, k, v, do, dk, dv, lse, delta, tiles, n, m, shift, scale, unit,
+    SIZES: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DO: tl.constexpr, DK: tl.constexpr,
+    DV_: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, NEGATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    _, sequence, _, key = _owned(tiles, 1, BN)
+    k, k_row = _line(k, sequence, 0, SIZES, K, RANK)
+    v, v_row = _line(v, sequence, 0, SIZES, V, RANK)
+    dk, dk_row = _line(dk, sequence, 0, SIZES, DK, RANK)
+    dv, dv_row = _line(dv, sequence, 0, SIZES, DV_, RANK)
+    offs, channels = tl.arange(0, BN), tl.arange(0, BD)
+    CAUSAL: tl.constexpr = MASK > 0
+    kb = _rows(k, key, k_row, m, offs, channels, D, BD, True)
+    vb = _rows(v, key, v_row, m, offs, channels, DV, BD, True)
+    dk_sum = tl.zeros([BN, BD], tl.float32)
+    dv_sum = tl.zeros([BN, BD], tl.float32)
+    # Key j is seen by the queries from j - shift on: the causal interval turned round.
+    begin, full_begin, full_end, end = tile_interval(key, BN, n, -shift, 0, 0, BM, CAUSAL, False)
+    for head in range(GROUP):
+        q_line, q_row = _line(q, sequence, head, SIZES, Q, RANK)
+        do_line, do_row = _line(do, sequence, head, SIZES, DO, RANK)
+        values = (tl.cast(sequence, tl.int64) * GROUP + head) * n
+        if CAUSAL:
+            dk_sum, dv_sum = _dkv_queries(
+                dk_sum, dv_sum, kb, vb, q_line, do_line, lse + values, delta + values, q_row, do_row, begin, full_begin,
+                key, n, m, shift, 0, 0, scale, unit, D, DV, BM, BN, BD, BD, True, NEGATIVE, False, CAUSAL, PRECISION,
+            )  # fmt: skip
+        dk_sum, dv_sum = _dkv_queries(
+            dk_sum, dv_sum, kb, vb, q_line, do_line, lse + values, delta + values, q_row, do_row, full_begin, full_end,
+            key, n, m, shift, 0, 0, scale, unit, D, DV, BM, BN, BD, BD, False, NEGATIVE, False, CAUSAL, PRECISION,
+        )  # fmt: skip
+        dk_sum, dv_sum = _dkv_queries(
+            dk_sum, dv_sum, kb, vb, q_line, do_line, lse + values, delta + values, q_row, do_row, full_end, end,
+            key, n, m, shift, 0, 0, scale, unit, D, DV, BM, BN, BD, BD, True, NEGATIVE, False, CAUSAL, PRECISION,
+        )  # fmt: skip
+    if PRECISION != "tf32x3":  # there the queries were scaled
+        dk_sum *= scale
+    _store_rows(dk, key, dk_row, m, offs, channels, dk_sum, D)
+    _store_rows(dv, key, dv_row, m, offs, channels, dv_sum, DV)
+
+
+_fwd = Launcher(axial_attention_long_fwd_kernel)
+_dq = Launcher(axial_attention_long_bwd_dq_kernel)
+_dkv = Launcher(axial_attention_long_bwd_dkv_kernel)
+
+
+def _factors(call, scale):
+    """(scale, unit of the products) and whether their sign is turned: see varlen_attention.py."""
+    single = call.precision == "tf32x3"
+    return (scale, 1.0 if single else abs(call.unit)), scale < 0 and not single
+
+
+def forward(call, q, k, v, out, lse, scale):
+    factors, negative = _factors(call, scale)
+    config = long_forward(q.dtype, call.block)
+    tiles = triton.cdiv(call.n, config[0])
+    _fwd(
+        call.sequences * call.group * tiles,
+        (q.dtype, alignments(q, k, v)),
+        (q, k, v, out, lse, tiles, call.n, call.m, call.shift, *factors),
+        (call.inner, *call.strides[:5], *call.common, negative),
+        config,
+    )
+
+
+def backward(call, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale):
+    sq, sk, sv, sdo, sdq, sdk, sdv, sout, *_ = call.strides
+    factors, negative = _factors(call, scale)
+    lse, dlse = (None if x is None else x.movedim(call.axis, -1).contiguous() for x in (lse, dlse))
+    delta, config = torch.empty_like(lse), long_backward(q.dtype, call.block)
+    lengths, constants = (call.n, call.m, call.shift), (*call.common, negative)
+    tiles = triton.cdiv(call.n, config[0])
+    _dq(
+        call.sequences * call.group * tiles,
+        (q.dtype, alignments(q, k, v, dout, out, dq)),
+        (q, k, v, out, dout, dq, lse, dlse, delta, tiles, *lengths, *factors),
+        (call.inner, sq, sk, sv, sout, sdo, sdq, *constants),
+        config,
+    )
+    tiles = triton.cdiv(call.m, config[1])
+    _dkv(
+        call.sequences * tiles,
+        (q.dtype, alignments(q, k, v, dout, dk, dv)),
+        (q, k, v, dout, dk, dv, lse, delta, tiles, *lengths, *factors),
+        (call.inner, sq, sk, sv, sdo, sdk, sdv, *constants),
+        config,
+    )
