@@ -30,7 +30,7 @@ CPU_SHAPES = ((2, 4096, 8, 64),)
 QUICK_SHAPES = ((1, 70, 2, 8),)
 CHUNK = 64  # of the eager form, and in the count of operations
 EPS = 1e-6
-ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-3}  # another order of sums than plain torch's, which can be lucky
+ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-3}  # of the largest element: another order of sums than plain torch's
 MASKED_BYTES = 4 << 30  # the masked product is run where its scores are at most this
 
 
@@ -61,6 +61,8 @@ def make_case(shape, kind, dtype, device):
     tensor, gates = q.numel() * inputs[0].element_size(), 4 * batch * length * heads * (kind == "gated")
     token = batch * length * heads
     truth, plain = (both_directions(inputs, grad_output.to(dtype), context, work) for work in (torch.float64, dtype))
+    # The gradient of a gate sums over all tokens behind it and is far larger than the others.
+    largest = max(x.abs().max().item() for x in truth["bwd"]) if kind == "gated" else 1.0
     return Case(
         name="B{} T{} H{} D{} {}".format(*shape, kind),
         inputs=tuple(inputs),
@@ -73,7 +75,7 @@ def make_case(shape, kind, dtype, device):
             "bwd": token * (10 * CHUNK * width + 10 * width**2),
         },
         context=context,
-        atol=ATOL[dtype],
+        atol=ATOL[dtype] * largest,
     )
 
 
