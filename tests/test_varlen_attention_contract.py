@@ -28,12 +28,12 @@ def test_opcheck(backend, layout, place):
 
 @pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 def test_compile_without_recompiling(backend, place):
-    """Ten batches of other lengths, forward and backward in one graph each; none compiles after the second."""
+    """Batches of other lengths, forward and backward in one graph each; none compiles after the second."""
     compiled = torch.compile(fa.varlen_attention, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = []
-    for i in range(10):
+    for i in range(4):
         x = make(Case("", [3 + i, 2, 5 * i + 1] + [4] * i), work_dtype(backend), place)
         same_bits(run(x, compiled, causal=True), run(x, causal=True))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
