@@ -9,33 +9,11 @@
 
 #include "common/cuda_stream.h"
 #include "common/encoder_fusions.h"
+#include "cuda/elements.h"
 #include "cuda/encoder_fusions.cuh"
 
 namespace flowattn {
 namespace {
-
-int processors(const char* op, const Tensor& x) {
-  int count = 1;
-  check_launch(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, x.get_device_index()));
-  return count;
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Calls run(S{}) with the element type of x.
-template <class Run>
-void with_dtype(const char* op, const Tensor& x, const Run& run) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Half:
-      return run(__half{});
-    case ScalarType::BFloat16:
-      return run(__nv_bfloat16{});
-    default:
-      FA_CHECK(false, op, "x must be float16, bfloat16 or float32", toString(x.scalar_type()));
-  }
-}
 
 // Can every one of these be read in 16-byte vectors along its rows?
 class Alignment {
@@ -137,7 +115,7 @@ Tensor bias_gelu_fwd_cuda(Tensor x, MaybeTensor bias, bool tanh) {
   Alignment alignment(x);
   alignment.add(results.y);
   alignment.add(bias);
-  with_dtype(kGelu, x, [&](auto element) {
+  with_element(kGelu, x, [&](auto element) {
     using S = decltype(element);
     BiasGeluArgs<S> args{x.size(0), width_of(kGelu, x), column_vector(bias), rows_of<const S>(x)};
     args.out = rows_of<S>(results.y);
@@ -160,7 +138,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd_cuda(Tensor dy, Tensor x, MaybeTensor b
   alignment.add(dy);
   alignment.add(results.dx);
   alignment.add(bias);
-  with_dtype(kGelu, x, [&](auto element) {
+  with_element(kGelu, x, [&](auto element) {
     using S = decltype(element);
     BiasGeluArgs<S> args{x.size(0), width_of(kGelu, x), column_vector(bias), rows_of<const S>(x), rows_of<const S>(dy)};
     args.out = rows_of<S>(results.dx);
@@ -239,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> bias_residual_layer_norm_fwd_cuda(Tensor x, M
   for (const MaybeTensor& other : {bias, residual, weight, ln_bias, MaybeTensor(results.y), MaybeTensor(results.z)}) {
     alignment.add(other);
   }
-  with_dtype(kNorm, x, [&](auto element) {
+  with_element(kNorm, x, [&](auto element) {
     using S = decltype(element);
     NormArgs<S> args = norm_args<S>(x, bias, residual, weight, ln_bias, index);
     args.rows = results.rows;
@@ -272,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bias_residual_layer_norm_bwd_cuda(Ten
   for (const MaybeTensor& other : {MaybeTensor(dy), dz, bias, residual, weight, ln_bias, MaybeTensor(results.dx)}) {
     alignment.add(other);
   }
-  with_dtype(kNorm, x, [&](auto element) {
+  with_element(kNorm, x, [&](auto element) {
     using S = decltype(element);
     NormArgs<S> args = norm_args<S>(x, bias, residual, weight, ln_bias, inverse);
     args.rows = x.size(0);

@@ -10,26 +10,12 @@
 
 #include "common/cuda_stream.h"
 #include "common/scan_tensors.h"
+#include "cuda/elements.h"
 #include "cuda/scan.cuh"
 
 namespace flowattn {
 
 using MaybeTensor = std::optional<Tensor>;
-
-// Calls run(S{}) with the element type of x.
-template <class Run>
-void with_element(const char* op, const Tensor& x, const Run& run) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return run(float{});
-    case ScalarType::Half:
-      return run(__half{});
-    case ScalarType::BFloat16:
-      return run(__nv_bfloat16{});
-    default:
-      FA_CHECK(false, op, "tensors must be float16, bfloat16 or float32", toString(x.scalar_type()));
-  }
-}
 
 inline void check_on_gpu(const char* op, const char* name, const Tensor& x, ScalarType dtype,
                          std::initializer_list<int64_t> shape, bool row = true) {
@@ -64,8 +50,6 @@ void with_vectors(bool vectors, const Run& run) {
     run(std::integral_constant<int, 1>{});
   }
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline ScanSequences scan_sequences(const char* op, const Tensor& x, const MaybeTensor& cu_seqlens,
                                     const MaybeTensor& reset, bool reverse, bool initial) {
@@ -117,9 +101,7 @@ class LookBackMemory {
   // A tile publishes `per_column` numbers a column and `tile_scalars` more, a state one a column and `state_scalars`.
   LookBackMemory(const char* op, const Tensor& x, const ScanShape& shape, int per_column, int tile_scalars,
                  int state_scalars, cudaStream_t stream) {
-    int processors = 1;
-    check_launch(op, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, x.get_device_index()));
-    if (shape.tiles == 1 || shape.lines >= kLinesAProcessor * processors) return;
+    if (shape.tiles == 1 || shape.lines >= kLinesAProcessor * processors(op, x)) return;
     view.block = std::min(kScanBlock, kLookBackColumns / (shape.columns * per_column));
     view.tile_words = shape.columns * per_column + tile_scalars;
     view.state_words = shape.columns + state_scalars;
