@@ -41,7 +41,7 @@ def make_case(batch, length, heads, width, dtype, device):
         inputs=(scores, values),
         grad_output=grad_output,
         truth=both_directions(scores, values, grad_output, torch.float64, torch.float64),
-        plain=both_directions(scores, values, grad_output, torch.float32, dtype),
+        plain=both_directions(scores, values, grad_output, torch.float32, dtype) | saved(scores, values, grad_output),
         bytes={"fwd": 2 * wide + narrow, "bwd": 4 * wide + 3 * narrow},  # v, o, do, dv; s, ds, log-sum-exp
         flops={"fwd": 3 * values.numel(), "bwd": 10 * values.numel()},
         context=None,
@@ -61,6 +61,17 @@ def both_directions(scores, values, grad_output, work, dtype):
     output = cumsum_form(*inputs)
     gradients = torch.autograd.grad(output, inputs, grad_output.to(dtype))
     return {"fwd": (output.detach(),), "bwd": gradients}
+
+
+def saved(scores, values, grad_output):
+    """The gradients as a backward forms them that has the output in the dtype of the values, and nothing wider."""
+    weights = torch.exp(scores - scores.amax(1, keepdim=True)).unsqueeze(-1)
+    total = weights.cumsum(1)
+    output = ((weights * values).cumsum(1) / total).to(values.dtype)
+    grad = grad_output.float() / total
+    behind, shares = (x.flip(1).cumsum(1).flip(1) for x in (grad, (grad * output).sum(-1, keepdim=True)))
+    grad_scores = weights * ((behind * values).sum(-1, keepdim=True) - shares)
+    return {"bwd": (grad_scores.squeeze(-1), (weights * behind).to(values.dtype))}
 
 
 def flowattn_call(case):

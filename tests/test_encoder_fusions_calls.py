@@ -36,8 +36,9 @@ def make_plan(mask, spare, place):
 @pytest.mark.parametrize("width", [7, 96, 1500], ids="d{}".format)
 @pytest.mark.parametrize("spare", [None, 0, 3], ids="spare{}".format)
 @pytest.mark.parametrize("mask", MASKS)
-def test_plans(mask, spare, width, place):
-    check_plan(make_plan(mask, spare, place), width, place)
+def test_plans(mask, spare, width, backend, place):
+    # On a GPU torch sums a row in an order that depends on where the row begins in memory.
+    check_plan(make_plan(mask, spare, place), width, place, bitwise=backend != "reference" or place == "cpu")
 
 
 @kernels
@@ -45,7 +46,7 @@ def test_plans_of_wide_rows(place):
     check_plan(make_plan("holes", 3, place), 9000, place)
 
 
-def check_plan(plan, width, place):
+def check_plan(plan, width, place, bitwise=True):
     """Unused rows are 0 and add nothing to a gradient, and hold whatever they like; the rest is pack, norm, unpack."""
     rows, real = plan.indices.shape[0], int(plan.total)
     padded = (plan.batch, plan.padded_len, width)
@@ -56,6 +57,9 @@ def check_plan(plan, width, place):
         x, residual = torch.randn(shape, device=place), torch.randn(shape, device=place)
         x[unused], residual[unused] = float("nan"), float("inf")
         return [x, vectors[1], residual, *vectors[3:]]
+
+    def same(function, outputs, found, tensors, grads, used):
+        compare_rows(function, outputs, found, tensors, grads, used, 0 if bitwise else 1e-6)
 
     def unpacked(*tensors):
         y, z = our_norm()(*tensors)
@@ -76,11 +80,11 @@ def check_plan(plan, width, place):
     same(our_norm(), [part[:real] for part in outputs], found, cut, [g[:real] for g in grads], keep)
 
 
-def same(function, outputs, found, tensors, grads, used):
-    """The outputs and row gradients have the bits of `function`; vector gradients add rows in another order."""
+def compare_rows(function, outputs, found, tensors, grads, used, tolerance):
+    """The outputs and row gradients are those of `function`; vector gradients add rows in another order."""
     want_outputs, want = results(function, leaves(tensors), grads)
     for got, expected in zip(outputs, want_outputs):
-        assert torch.equal(got, expected)
+        torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     for name, got, expected in zip(NAMES, found, want):
         if name in ("x", "residual"):
             unused = torch.ones_like(got, dtype=torch.bool)

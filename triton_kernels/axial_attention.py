@@ -64,7 +64,10 @@ def _softmax(
     PAD_K: tl.constexpr, SEQS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(probabilities (BM, BK), row maximum, row sum, whether a row sees no key) of one query tile."""
-    s = tl.dot(qb, tl.trans(kb), input_precision=PRECISION) * unit
+    if PRECISION == "tf32x3":  # scaled first: a product here could fuse with s - top, and s - top of the top not be 0
+        s = tl.dot(qb * unit, tl.trans(kb), input_precision=PRECISION)
+    else:
+        s = tl.dot(qb, tl.trans(kb), input_precision=PRECISION) * unit
     keep = keys_inside[None, :] & inside[:, None]
     if bias is not None:
         rows = _pointers(bias, sequence, head, position, SIZES, BIAS, RANK)

@@ -233,9 +233,8 @@ def _slots(positions, length, device):
     rule = f"return_states_at must hold different tokens of 0..{length - 1}"
     fits = len(set(positions)) == len(positions) and all(0 <= t < length for t in positions)
     checks.require(fits, _OP, rule, positions)
-    numbers = [-1] * length
-    for number, t in enumerate(positions):
-        numbers[t] = number
+    numbers = {t: number for number, t in enumerate(positions)}
+    numbers = [numbers.get(t, -1) for t in range(length)]
     return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True), len(positions)
 
 
