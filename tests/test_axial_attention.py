@@ -45,6 +45,17 @@ def test_length_regimes(backend, place, lengths, mask):
     assert_near(run(ours, (q, k, v), **options), expected)
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=("full", "causal", "exclusive"))
+@pytest.mark.parametrize("lengths", ((65, 65), (130, 70), (70, 200)), ids=str)
+@on_backends
+def test_length_regimes_in_half_precision(backend, place, lengths, mask):
+    n, m = lengths
+    tensors = inputs((1, n, 2), 1, 2, 1, 20, 12, m, dtype=torch.float16, device=place)
+    with fa.use_backend("reference"):
+        expected = run(ours, [x.detach().double().cpu() for x in tensors], axis=1, **mask)
+    assert_near(run(ours, tensors, axis=1, **mask), expected, forward=2e-3, backward=1e-2)
+
+
 @pytest.mark.parametrize(
     "shape",
     ((1, 1, 4, 5, 5), (2, 3, 4, 5, 5), (2, 1, 1, 5, 5), (1, 3, 4, 1, 5), (4, 5, 1), (5, 5)),

@@ -128,7 +128,9 @@ def test_rows_hidden_by_the_bias(backend, place):
 def test_an_axis_of_one(backend, place):
     q, k, v = inputs((2, 1, 3), 1, device=place)
     out, _, dq, dk, _ = run(ours, (q, k, v), axis=1, lse=False)
-    assert torch.equal(out, v) and not dq.any() and not dk.any()
+    # On a GPU three tf32 products stand for one of float32, and may lose its last bit.
+    torch.testing.assert_close(out, v, atol=0, rtol=1e-6 if place == "cuda" else 0)
+    assert not dq.any() and not dk.any()
 
 
 @pytest.mark.parametrize("keys", (0, 2))

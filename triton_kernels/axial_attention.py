@@ -13,9 +13,9 @@ import triton.language as tl
 
 from flowattn.reference.axial_attention import rotate
 
-from . import axial_attention_long
-from .axial_attention_configs import padded_width, short
-from .axial_lines import batch_axes, bias_at, channels_at, merged, offset, values_at
+from . import axial_attention_long, axial_attention_wide
+from .axial_attention_configs import padded_width, short, wide_backward
+from .axial_lines import batch_axes, bias_at, channels_at, line_pointers, load_line, merged, store_line, values_at
 from .launch import Launcher, alignments
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -35,29 +35,6 @@ def _places(first, start, total, length, ROWS: tl.constexpr, PAD: tl.constexpr, 
 
 
 @triton.jit
-def _pointers(base, sequence, head, position, SIZES: tl.constexpr, STRIDES: tl.constexpr, RANK: tl.constexpr):
-    """Pointers to the first channel of each place."""
-    return base + offset(sequence, SIZES, STRIDES, RANK) + head * STRIDES[1] + tl.cast(position, tl.int64) * STRIDES[0]
-
-
-@triton.jit
-def _load(pointers, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """(rows, BLOCK), zeros where nothing is: a tail must not bring a NaN into a product."""
-    channels = tl.arange(0, BLOCK)
-    keep = inside[:, None]
-    if WIDTH != BLOCK:
-        keep = keep & (channels < WIDTH)[None, :]
-    return tl.load(pointers[:, None] + channels[None, :], mask=keep, other=0.0)
-
-
-@triton.jit
-def _store(pointers, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    channels = tl.arange(0, BLOCK)
-    keep = inside[:, None] & (channels < WIDTH)[None, :]
-    tl.store(pointers[:, None] + channels[None, :], value.to(pointers.dtype.element_ty), mask=keep)
-
-
-@triton.jit
 def _softmax(
     qb, kb, bias, sequence, head, position, inside, keys, keys_inside, start, shift, unit,
     SIZES: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, MASK: tl.constexpr, PAD_Q: tl.constexpr,
@@ -70,7 +47,7 @@ def _softmax(
         s = tl.dot(qb, tl.trans(kb), input_precision=PRECISION) * unit
     keep = keys_inside[None, :] & inside[:, None]
     if bias is not None:
-        rows = _pointers(bias, sequence, head, position, SIZES, BIAS, RANK)
+        rows = line_pointers(bias, sequence, head, position, SIZES, BIAS, RANK)
         added = tl.load(rows[:, None] + keys[None, :] * BIAS[2 + RANK], mask=keep, other=0.0).to(tl.float32)
         s += added if PRECISION == "tf32x3" else added * LOG2E
     if MASK > 0:
@@ -101,21 +78,21 @@ def axial_attention_fwd_kernel(
     first = tl.program_id(0) * SEQS
     BK: tl.constexpr = SEQS * PAD_K
     sequence, keys, keys_inside = _places(first, 0, total, m, BK, PAD_K, SEQS)
-    kb = _load(_pointers(k, sequence, 0, keys, SIZES, K, RANK), keys_inside, D, BD)
-    vb = _load(_pointers(v, sequence, 0, keys, SIZES, V, RANK), keys_inside, DV, BD)
+    kb = load_line(line_pointers(k, sequence, 0, keys, SIZES, K, RANK), keys_inside, D, BD)
+    vb = load_line(line_pointers(v, sequence, 0, keys, SIZES, V, RANK), keys_inside, DV, BD)
     for head in range(GROUP):
         for start in range(0, SEQS * PAD_Q, BM):
             sequence, position, inside = _places(first, start, total, n, BM, PAD_Q, SEQS)
-            qb = _load(_pointers(q, sequence, head, position, SIZES, Q, RANK), inside, D, BD)
+            qb = load_line(line_pointers(q, sequence, head, position, SIZES, Q, RANK), inside, D, BD)
             p, top, row_sum, empty = _softmax(
                 qb, kb, bias, sequence, head, position, inside, keys, keys_inside, start, shift, unit,
                 SIZES, BIAS, RANK, MASK, PAD_Q, PAD_K, SEQS, BM, BK, PRECISION,
             )  # fmt: skip
             acc = tl.dot(p.to(vb.dtype), vb, input_precision=PRECISION) / row_sum[:, None]
-            _store(_pointers(out, sequence, head, position, SIZES, OUT, RANK), inside, acc, DV, BD)
+            store_line(line_pointers(out, sequence, head, position, SIZES, OUT, RANK), inside, acc, DV, BD)
             value = (top if PRECISION == "tf32x3" else top * LN2) + tl.log(row_sum)
             value = tl.where(empty, float("-inf"), value)
-            tl.store(_pointers(lse, sequence, head, position, SIZES, LSE, RANK), value, mask=inside)
+            tl.store(line_pointers(lse, sequence, head, position, SIZES, LSE, RANK), value, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZE_ARGUMENTS)
@@ -137,15 +114,15 @@ def axial_attention_bwd_kernel(
     for line in tl.range(begin, end):
         first = program * SEQS if dbias is None else program // parts * lines + line
         key_sequence, keys, keys_inside = _places(first, 0, total, m, BK, PAD_K, SEQS)
-        kb = _load(_pointers(k, key_sequence, 0, keys, SIZES, K, RANK), keys_inside, D, BD)
-        vb = _load(_pointers(v, key_sequence, 0, keys, SIZES, V, RANK), keys_inside, DV, BD)
+        kb = load_line(line_pointers(k, key_sequence, 0, keys, SIZES, K, RANK), keys_inside, D, BD)
+        vb = load_line(line_pointers(v, key_sequence, 0, keys, SIZES, V, RANK), keys_inside, DV, BD)
         dk_sum = tl.zeros([BK, BD], tl.float32)
         dv_sum = tl.zeros([BK, BD], tl.float32)
         for head in range(GROUP):
             for start in range(0, SEQS * PAD_Q, BM):
                 sequence, position, inside = _places(first, start, total, n, BM, PAD_Q, SEQS)
-                qb = _load(_pointers(q, sequence, head, position, SIZES, Q, RANK), inside, D, BD)
-                dob = _load(_pointers(do, sequence, head, position, SIZES, DO, RANK), inside, DV, BD)
+                qb = load_line(line_pointers(q, sequence, head, position, SIZES, Q, RANK), inside, D, BD)
+                dob = load_line(line_pointers(do, sequence, head, position, SIZES, DO, RANK), inside, DV, BD)
                 p, top, row_sum, empty = _softmax(
                     qb, kb, bias, sequence, head, position, inside, keys, keys_inside, start, shift, unit,
                     SIZES, BIAS, RANK, MASK, PAD_Q, PAD_K, SEQS, BM, BK, PRECISION,
@@ -154,21 +131,21 @@ def axial_attention_bwd_kernel(
                 dp = tl.dot(dob, tl.trans(vb), input_precision=PRECISION)
                 delta = tl.sum(p * dp, 1)
                 if dlse is not None:
-                    rows = _pointers(dlse, sequence, head, position, SIZES, DLSE, RANK)
+                    rows = line_pointers(dlse, sequence, head, position, SIZES, DLSE, RANK)
                     delta -= tl.load(rows, mask=inside & (empty == 0), other=0.0)
                 ds = p * (dp - delta[:, None])
                 dv_sum = tl.dot(tl.trans(p.to(dob.dtype)), dob, dv_sum, input_precision=PRECISION)
                 dk_sum = tl.dot(tl.trans(ds.to(qb.dtype)), qb, dk_sum, input_precision=PRECISION)
                 dq_tile = tl.dot(ds.to(kb.dtype), kb, input_precision=PRECISION) * scale
-                _store(_pointers(dq, sequence, head, position, SIZES, DQ, RANK), inside, dq_tile, D, BD)
+                store_line(line_pointers(dq, sequence, head, position, SIZES, DQ, RANK), inside, dq_tile, D, BD)
                 if dbias is not None:
                     part = tl.cast(program, tl.int64) * DBIAS_GROUP + (head if DBIAS_GROUP > 1 else 0)
                     rows = dbias + (part * n + position) * m
                     keep = inside[:, None] & keys_inside[None, :]
                     sums = rows[:, None] + keys[None, :]
                     tl.store(sums, tl.load(sums, mask=keep, other=0.0) + ds, mask=keep)
-        _store(_pointers(dk, key_sequence, 0, keys, SIZES, DK, RANK), keys_inside, dk_sum * scale, D, BD)
-        _store(_pointers(dv, key_sequence, 0, keys, SIZES, DV_, RANK), keys_inside, dv_sum, DV, BD)
+        store_line(line_pointers(dk, key_sequence, 0, keys, SIZES, DK, RANK), keys_inside, dk_sum * scale, D, BD)
+        store_line(line_pointers(dv, key_sequence, 0, keys, SIZES, DV_, RANK), keys_inside, dv_sum, DV, BD)
 
 
 _fwd = Launcher(axial_attention_fwd_kernel)
@@ -203,7 +180,7 @@ def axial_attention_fwd(q, k, v, bias, cos, sin, axis, scale, mask, interleaved)
     group = q.shape[-2] // k.shape[-2]
     tensors = [channels_at(x, axis, g) for x, g in ((q, group), (k, 1), (v, 1), (out, group))]
     call = Call(q, k, v, axis, scale, mask, (*tensors, values_at(lse, axis, group), bias_at(bias, group)))
-    config = short(q.dtype, call.block, call.n, call.m)
+    config = short(q.dtype, call.block, call.n, call.m, biased=bias is not None)
     if config is None:
         axial_attention_long.forward(call, q, k, v, out, lse, scale)
         return out, lse
@@ -250,8 +227,11 @@ def _backward(
     tensors += [values_at(x, axis, group) for x in (lse, dlse)] + [bias_at(bias, group)]
     sharing = Sharing(q, k, axis, bias) if want_dbias else None
     call = Call(q, k, v, axis, scale, mask, tensors, sharing.order if sharing else None)
+    wide = None if bias is not None else wide_backward(q.dtype, call.block, call.n, call.m)
     config = short(q.dtype, call.block, call.n, call.m, backward=True, alone=want_dbias)
-    if config is not None:
+    if wide is not None:
+        axial_attention_wide.backward(call, wide, dout, dlse, q, k, v, lse, dq, dk, dv, scale)
+    elif config is not None:
         dbias = _one_kernel(call, config, sharing, dout, dlse, q, k, v, dq, dk, dv, bias, scale, dbias)
     else:
         axial_attention_long.backward(call, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale)

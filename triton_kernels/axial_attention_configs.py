@@ -22,14 +22,15 @@ def padded_width(width, width_v):
     return max(16, power_of_two(max(width, width_v)))
 
 
-def short(dtype, width, n, m, backward=False, alone=False):
+def short(dtype, width, n, m, backward=False, alone=False, biased=True):
     """(PAD_Q, PAD_K, SEQS, BM, num_warps, num_stages), or None where a program cannot hold a line of padded `width`.
 
     A program owns SEQS whole sequences, SEQS * PAD_K keys on chip, past which query tiles of BM rows go. Several
     sequences share a tile only where one tile holds all their queries. alone: never several, for the gradient of a bias
     has one owner.
     """
-    if max(n, m) > SHORT:
+    streams = not (backward or biased or dtype == torch.float32)  # faster from 129 keys on, where it can
+    if max(n, m) > SHORT or (streams and max(n, m) > SHORT // 2):
         return None
     single, pad = dtype == torch.float32, power_of_two(max(n, m))
     if pad <= PACKED_ROWS:
@@ -42,6 +43,14 @@ def short(dtype, width, n, m, backward=False, alone=False):
         config = (pad_q, pad_k, 1, rows, 8 if backward or pad_k * width > 128 * 64 else 4, 1)
     fits = config[1] * config[2] * width <= ELEMENTS["float32" if single else "half"][backward]
     return config if fits else None
+
+
+def wide_backward(dtype, width, n, m):
+    """(BK, BM, num_warps, num_stages) of the kernel with transposed scores, or None where it is not for such lines."""
+    if dtype == torch.float32 or not PACKED_ROWS < max(n, m) <= SHORT or width > 64:
+        return None
+    keys = max(power_of_two(m), 64)
+    return (keys, 32, 8 if keys > 128 else 4, 2)
 
 
 def long_forward(dtype, width):

@@ -79,3 +79,26 @@ def head_lines_at(x, axis):
     *grid, head = x.stride()[:-1]
     row = grid.pop(axis)
     return (row, head), tuple(grid)
+
+
+@triton.jit
+def line_pointers(base, sequence, head, position, SIZES: tl.constexpr, STRIDES: tl.constexpr, RANK: tl.constexpr):
+    """Pointers to the first channel of each place."""
+    return base + offset(sequence, SIZES, STRIDES, RANK) + head * STRIDES[1] + tl.cast(position, tl.int64) * STRIDES[0]
+
+
+@triton.jit
+def load_line(pointers, inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(rows, BLOCK), zeros where nothing is: a tail must not bring a NaN into a product."""
+    channels = tl.arange(0, BLOCK)
+    keep = inside[:, None]
+    if WIDTH != BLOCK:
+        keep = keep & (channels < WIDTH)[None, :]
+    return tl.load(pointers[:, None] + channels[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def store_line(pointers, inside, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    channels = tl.arange(0, BLOCK)
+    keep = inside[:, None] & (channels < WIDTH)[None, :]
+    tl.store(pointers[:, None] + channels[None, :], value.to(pointers.dtype.element_ty), mask=keep)
