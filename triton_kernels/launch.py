@@ -5,6 +5,7 @@ binder's answer depends only on dtypes, alignments, strides and constants, so it
 """
 
 import contextlib
+import functools
 
 import torch
 
@@ -12,6 +13,12 @@ import torch
 def alignments(*tensors):
     """What Triton specialises a pointer on: None, or whether it is a multiple of 16 bytes."""
     return tuple(None if x is None else x.data_ptr() % 16 == 0 for x in tensors)
+
+
+@functools.cache
+def processors(device):
+    """Multiprocessors of a GPU; 1 in Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class Launcher:

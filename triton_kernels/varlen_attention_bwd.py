@@ -9,13 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import varlen_attention_bwd_short
 from .attention_scores import add_by_bucket, at_head, keep_mask, modify
 from .dense_bias_gradient import dense_bias_gradient
 from .intervals import TILE, owned_tile, tile_interval, visible
 from .launch import Launcher, alignments
 from .varlen_attention import UNREACHED, UNSPECIALIZED, constants, score_options, slots
 from .varlen_attention_blocks import load_rows, p_and_dp, probabilities, row_lse, store_rows, through_softcap
-from .varlen_attention_configs import dkv_config, dq_config
+from .varlen_attention_configs import dkv_config, dq_config, short_config
 
 
 @triton.jit
@@ -222,13 +223,18 @@ def varlen_attention_bwd(
     fixed, itself = constants(q, k, v, cu_q, cu_k, left, right, top_left)
     options = (softcap, slopes, bias, table, lut, dropout_p, rng)
     factors, (scores, score_values, score_key) = score_options(q, scale, options)
+    width, modes = max(q.shape[2], v.shape[2]), (left >= 0 or right >= 0, score_key is not None)
+    config = short_config(q.dtype, width, max(max_q, max_k), batch * heads_kv, q.device, *modes)
+    if config is not None:
+        arguments = (dout, dlse, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, scale, left, right, top_left, fixed[3])
+        varlen_attention_bwd_short.backward(config, *arguments)
+        return dq, dk, dv, lse.new_zeros(0), lse.new_zeros(0)
     if not want_dbias:
         bias = table = None
     dbias = dtable = None
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2])
     sizes = (batch, total_q, total_k, (batch + 1).bit_length())
     values = (*factors, left, right, scores, *score_values)
-    width, modes = max(q.shape[2], v.shape[2]), (left >= 0 or right >= 0, score_key is not None)
     pointers = (q, k, v, dout, cu_q, cu_k, tiles)
     if dq.numel():
         config = dq_config(q.dtype, width, max_k, *modes)

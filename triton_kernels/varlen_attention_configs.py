@@ -10,6 +10,8 @@ registers of compute capability 9.0 with next to nothing spilled, whatever the o
 
 import torch
 
+from .launch import processors
+
 
 def forward_config(dtype, width, longest_k, masked, scored):
     if dtype == torch.float32:
@@ -45,6 +47,13 @@ def dkv_config(dtype, width, longest_q, masked, scored):
     if width <= 128:
         return (32, 64, 4, 2) if masked else (64, 128, 8, 3)
     return (32, 64, 8, 1)
+
+
+def short_config(dtype, width, longest, programs, device, masked, scored):
+    """(BK, BM, num_warps, num_stages) with one program a sequence and key head; None: not for these."""
+    if dtype == torch.float32 or scored or width > 64 or longest > 256 or programs < processors(device):
+        return None
+    return (64, 32, 4, 2) if longest <= 64 else (128, 16, 4, 2) if longest <= 128 else (256, 32, 8, 2)
 
 
 def dbias_config(dtype, width):

@@ -62,14 +62,6 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
 // Barrier among the 128 threads of a warpgroup; 0 is that of __syncthreads.
 __device__ inline void warpgroup_sync(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
-// Stores four 8 x 8 matrices of 16-bit elements in a warp's accumulator layout; lane l gives the address of row l % 8
-// of matrix l / 8.
-__device__ inline void store_matrices(uint32_t row, const uint32_t* pairs) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(pairs[0]),
-               "r"(pairs[1]), "r"(pairs[2]), "r"(pairs[3])
-               : "memory");
-}
-
 // Starts the copy of a box of 64 rows from `row` on of one head; rows and columns outside the tensor arrive as zeros.
 __device__ inline void copy_tile(uint32_t tile, const CUtensorMap* map, int head, int row, uint32_t barrier) {
   asm volatile(
@@ -111,14 +103,6 @@ __device__ inline void wgmma_wait() {
         "%32, %33, p, 1, 1, 0, 0;}"                                                             \
         : FA_ACCUMULATORS_32(d)                                                                 \
         : "l"(a), "l"(b), "r"(accumulate))
-// The same with both operands transposed in shared memory (16 rows of 64 elements): d (+)= A^T B.
-#  define FA_WGMMA_SS_TRANSPOSED(type)                                                          \
-    asm volatile(                                                                               \
-        "{.reg .pred p; setp.ne.b32 p, %34, 0;\n"                                               \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FA_ACCUMULATOR_NAMES_32 \
-        "%32, %33, p, 1, 1, 1, 1;}"                                                             \
-        : FA_ACCUMULATORS_32(d)                                                                 \
-        : "l"(a), "l"(b), "r"(accumulate))
 // A from registers, B (K rows of 64 columns, so MN-major) from shared memory: d += A B.
 #  define FA_WGMMA_RS(type)                                                                              \
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " FA_ACCUMULATOR_NAMES_32 \
@@ -133,15 +117,6 @@ __device__ inline void wgmma_ss(float (&d)[32], uint64_t a, uint64_t b, int accu
     FA_WGMMA_SS("f16");
   } else {
     FA_WGMMA_SS("bf16");
-  }
-}
-
-template <class T>
-__device__ inline void wgmma_ss_transposed(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-  if constexpr (std::is_same_v<T, __half>) {
-    FA_WGMMA_SS_TRANSPOSED("f16");
-  } else {
-    FA_WGMMA_SS_TRANSPOSED("bf16");
   }
 }
 
@@ -168,15 +143,6 @@ __device__ inline uint32_t pack_pair(float low, float high) {
     packed = *reinterpret_cast<const uint32_t*>(&pair);
   }
   return packed;
-}
-
-template <class T>
-__device__ inline float2 unpack_pair(uint32_t pair) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  } else {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
-  }
 }
 
 __device__ inline float exp2_fast(float x) {

@@ -6,8 +6,8 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda/tile_map.h"
 #include "cuda/varlen_attention.cuh"
-#include "cuda/varlen_attention.h"
 
 namespace flowattn {
 namespace {
@@ -17,6 +17,26 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "varlen_attention_fwd";
 constexpr int64_t kPairFrom = 256;  // longest key sequence from which a block has two warpgroups
+
+void check_offsets(const Tensor& cu) {
+  FA_CHECK(cu.scalar_type() == ScalarType::Int && cu.dim() == 1 && cu.size(0) >= 1 && cu.is_contiguous(), kOp,
+           "cu_seqlens must be contiguous int32 of shape (B+1,)", cu.dim());
+}
+
+void check_call(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q, const Tensor& cu_k,
+                double scale) {
+  for (const Tensor* x : {&q, &k, &v}) check_rows(kOp, *x);
+  check_offsets(cu_q);
+  check_offsets(cu_k);
+  FA_CHECK(k.size(2) == q.size(2) && v.size(0) == k.size(0) && v.size(1) == k.size(1), kOp, "k and v must fit q",
+           k.size(2));
+  FA_CHECK(k.size(1) > 0 && q.size(1) % k.size(1) == 0, kOp, "the heads of k must divide the heads of q", k.size(1));
+  FA_CHECK(cu_q.size(0) == cu_k.size(0), kOp, "cu_seqlens_q and cu_seqlens_k must have one length", cu_k.size(0));
+  FA_CHECK(scale > 0, kOp, "scale must be > 0", scale);
+  const auto type = q.scalar_type();
+  FA_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16, kOp, "q must be float16 or bfloat16",
+           static_cast<int>(type));
+}
 
 std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
                                                 const Tensor& cu_k, const std::optional<Tensor>& tiles, int64_t,
@@ -28,7 +48,7 @@ std::tuple<Tensor, Tensor> varlen_attention_fwd(const Tensor& q, const Tensor& k
   const CudaLaunch launch(q);
   FA_CHECK(softcap == 0 && dropout_p == 0 && !slopes && !bias && !table, kOp,
            "has no softcap, alibi_slopes, bias or dropout", "one of them");
-  check_call(kOp, q, k, v, cu_q, cu_k, scale);
+  check_call(q, k, v, cu_q, cu_k, scale);
   const int64_t total_q = q.size(0), total_k = k.size(0), heads = q.size(1), heads_kv = k.size(1);
   const bool half = q.scalar_type() == ScalarType::Half;
   const Tensor out = torch::stable::new_empty(q, {total_q, heads, v.size(2)});

@@ -45,7 +45,7 @@ _module, MISSING = _load("_C")
 LOADED = _module is not None
 CUDA_BUILT = LOADED and bool(BUILD["cuda_archs"])
 _ARCHS = [_arch(text) for text in BUILD["cuda_archs"]]
-_capabilities, _processors = {}, {}
+_capabilities = {}
 host, HOST_MISSING = _load("_host")  # without it numpy fallbacks serve
 
 
@@ -57,15 +57,6 @@ def capability(device):
     if device.index not in _capabilities:
         _capabilities[device.index] = torch.cuda.get_device_capability(device)
     return _capabilities[device.index]
-
-
-def processors(device):
-    """Multiprocessors of a CUDA device; remembered, because every call asks."""
-    if torch.compiler.is_compiling():
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    if device.index not in _processors:
-        _processors[device.index] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _processors[device.index]
 
 
 def refuse_cpu(tensor):

@@ -241,20 +241,6 @@ def _fits_chunks(x):
     return chunked and (torch.compiler.is_compiling() or x.data_ptr() % 16 == 0)
 
 
-# Longest sequences for which the Hopper backward is chosen: always, and if there are enough of them to fill the GPU.
-# -1: never, until its tests and timings have run on one. 512 and 2048 are what its byte and FLOP counts suggest.
-_SHORT, _LONG = -1, -1
-
-
-def _bwd_cuda(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, *options):
-    """The Hopper kernel, whose blocks do all of one sequence and key head, or Triton's, which spreads the work."""
-    longest, blocks = max(max_q, max_k), (cu_q.shape[0] - 1) * k.shape[1]
-    fills = longest <= _SHORT or (longest <= _LONG and blocks >= _native.processors(q.device))
-    contiguous = dlse is None or dlse.stride(1) == 1
-    bwd = _bwd if fills and contiguous and _fits_chunks(dout) else _bwd_triton
-    return bwd(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, *options)
-
-
 def _refuse_triton(q, k, v, *rest):
     reason = dispatch.refuse_triton(q) or _refuse_disentangled(rest[-1])
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
@@ -272,7 +258,7 @@ def _probe(device):
 _TABLE = dispatch.Table(
     _OP,
     _prepare,
-    dispatch.Backend("cuda", _refuse_cuda, _fwd, _bwd_cuda),
+    dispatch.Backend("cuda", _refuse_cuda, _fwd, _bwd_triton),
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("triton", _refuse_triton, _fwd_triton, _bwd_triton),
     dispatch.Backend("reference", dispatch.never, None),
