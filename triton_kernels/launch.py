@@ -28,7 +28,7 @@ class Launcher:
         arguments: run-time arguments in order; constants: the constexpr ones, in the kernel's order; config: the tile
         shape, as (constexpr values, num_warps, num_stages).
         """
-        device = arguments[0].device
+        device = next(x for x in arguments if x is not None).device
         other = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if other else contextlib.nullcontext():
             key = (device.index, config, constants, key)
