@@ -21,12 +21,14 @@ def schedule(request, monkeypatch):
     """Whole sequences, or segments of two chunks; in the interpreter, chunks and slices that few tokens fill."""
     if not GPU:
         tiles = {"config": lambda width, values, whole: (16, values if whole else 16, 4, 1)}
-        tiles["gradients_config"] = lambda width, values, whole: (16, width if whole else 16, 16, 4, 1)
-        tiles["states_config"] = lambda width, values, whole, *rest: (rest[0], width if whole else 16, 16, 4, 1)
+        tiles["gradients_config"] = lambda width, values, whole, single: (
+            1 if single else 2, 16, width if whole else 16, 16, 4, 1
+        )  # fmt: skip
+        tiles["states_config"] = lambda width, values, whole, *rest: (width if whole else 16, 16, 4, 1)
         for name, choose in tiles.items():
             monkeypatch.setattr(configs, name, lambda dtype, *rest, choose=choose: choose(*rest))
         monkeypatch.setattr(configs, "scan_config", lambda *rest: (2, 128, 4, 1))
-    monkeypatch.setattr(configs, "segment_tokens", lambda device, programs, tokens, chunk: 2 * chunk * request.param)
+    monkeypatch.setattr(configs, "segment_tokens", lambda device, programs, tokens, chunk: (2 * chunk if GPU else 32) * request.param)
     with fa.use_backend("triton"):
         yield
 

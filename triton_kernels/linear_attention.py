@@ -269,12 +269,16 @@ def carry(call, left, right, chunk, *, segment=None, keep_segments=False, keep_c
     length, width, value_width = given[0].b.x.shape[1], given[0].b.x.shape[3], given[0].c.x.shape[3]
     walks, device = call.sequences * call.heads * len(given), call.q.device
     whole = max(side.b.map for side in given) >= EXP_SHIFTED.value
-    config = configs.states_config(
-        call.q.dtype, padded(width), padded(value_width), whole, chunk, walks, device
-    )  # fmt: skip
-    pieces = triton.cdiv(width, config[1]) * triton.cdiv(value_width, config[2])
+    block = configs.states_config(call.q.dtype, padded(width), padded(value_width), whole, walks, device)
     if segment is None:
+        pieces = triton.cdiv(width, block[0]) * triton.cdiv(value_width, block[1])
         segment = configs.segment_tokens(device, walks * pieces, length, chunk)
+    if segment:
+        walks_of_segments = walks * triton.cdiv(length, segment)
+        block = configs.states_config(
+            call.q.dtype, padded(width), padded(value_width), whole, walks_of_segments, device
+        )  # fmt: skip
+    config = (chunk, *block)
     states = (NO_STATE, NO_STATE)
     if keep_chunks:
         chunks = call.slots(length, chunk)
@@ -406,15 +410,15 @@ def _gradients(call, left, right, results, fresh):
     key, value, query, grad = left.b, left.c, right.b, right.c
     length, width, value_width = query.x.shape[1], query.x.shape[3], value.x.shape[3]
     whole = max(query.map, key.map) >= EXP_SHIFTED.value
-    config = configs.gradients_config(call.q.dtype, padded(width), padded(value_width), whole)
-    chunk = config[0]
+    config = configs.gradients_config(call.q.dtype, padded(width), padded(value_width), whole, results[3] is not None)
+    chunk = config[0] * config[1]
     states = carry(call, left, right, chunk, keep_chunks=True)
     tensors = (query.x, key.x, value.x, grad.x)
     strides = sum((x.stride()[:3] for x in tensors), ()) + call.decay_strides()
     pointers = (
         *tensors, grad.factor, key.factor, right.x, call.decay, *states[0], *states[1], *results, call.cu
     )  # fmt: skip
-    programs = call.slots(length, chunk) * call.heads
+    programs = call.slots(length, chunk) * call.heads * config[0]
     if programs:
         _gradients_kernel(
             programs,

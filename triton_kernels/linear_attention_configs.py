@@ -22,12 +22,11 @@ FORWARD = {
     (False, 128): (32, 32, 4, 1),
     (False, 256): (32, 16, 4, 1),
 }
-# (half, width): (CHUNK, columns of all blocks, num_warps, num_stages) of the gradients of one chunk.
+# (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages) of the gradients.
 GRADIENTS = {
-    (True, 64): (64, 64, 4, 2),
-    (True, 128): (64, 64, 4, 2),
-    (True, 256): (64, 64, 4, 2),
-    (False, 256): (32, 32, 4, 1),
+    (True, 64): (2, 64, 64, 8, 1),
+    (True, 256): (2, 64, 64, 8, 2),
+    (False, 256): (2, 32, 32, 4, 1),
 }
 # (half, width): (columns and rows of a program's part of a state, num_warps, num_stages).
 STATES = {
@@ -45,18 +44,20 @@ def entry(table, dtype, width):
 def config(dtype, width, value_width, whole_rows):
     """(CHUNK, BV, num_warps, num_stages) of a pass, for padded widths; whole_rows: a program needs all value columns."""
     chunk, columns, warps, stages = entry(FORWARD, dtype, width)
-    columns = value_width if whole_rows else min(columns, value_width)
-    return chunk, columns, 8 if columns > 64 else warps, stages
+    if whole_rows:
+        columns, warps = value_width, 8 if value_width > 64 else warps
+    return chunk, min(columns, value_width), warps, stages
 
 
-def gradients_config(dtype, width, value_width, whole_rows):
-    """(CHUNK, BK, BV, num_warps, num_stages); whole_rows: a map needs all key columns at once."""
-    chunk, columns, warps, stages = entry(GRADIENTS, dtype, width)
-    return chunk, width if whole_rows else min(columns, width), min(columns, value_width), warps, stages
+def gradients_config(dtype, width, value_width, whole_rows, single):
+    """(BLOCKS, ROWS, BK, BV, num_warps, num_stages); whole_rows: a map needs all key columns at once; single: one block."""
+    blocks, rows, columns, warps, stages = entry(GRADIENTS, dtype, width)
+    keys = width if whole_rows else min(columns, width)
+    return 1 if single else blocks, rows, keys, min(columns, value_width), warps, stages
 
 
-def states_config(dtype, width, value_width, whole_rows, chunk, walks, device):
-    """(CHUNK, BK, BV, num_warps, num_stages); `walks` states are carried, cut until they fill the processors."""
+def states_config(dtype, width, value_width, whole_rows, walks, device):
+    """(BK, BV, num_warps, num_stages); `walks` states are carried, cut until they fill the processors."""
     block, warps, stages = entry(STATES, dtype, width)
     rows, columns = width if whole_rows else min(block, width), min(block, value_width)
 
@@ -67,7 +68,7 @@ def states_config(dtype, width, value_width, whole_rows, chunk, walks, device):
         columns = 32
     if not filled() and rows > 32 and not whole_rows:
         rows = 32
-    return chunk, rows, columns, warps, stages
+    return rows, columns, warps, stages
 
 
 def scan_config(count, elements, walks, device):

@@ -49,14 +49,20 @@ def linear_attention_gradients_kernel(
     stride_gb, stride_gt, stride_gh, stride_db, stride_dt, stride_dh, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, MAP_Q: tl.constexpr,
     MAP_K: tl.constexpr, FRESH: tl.constexpr, STEP: tl.constexpr, STEADY: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, CHUNK: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one chunk of one head. FRESH: no state came in, so the first decay acts on nothing."""
+    """A program owns ROWS tokens of one head: a chunk, or one of the two BLOCKS of one (not for ddecay).
+
+    FRESH: no state came in, so the first decay acts on nothing.
+    """
     exact: tl.constexpr = PRECISION == "tf32x3"
-    h = tl.program_id(0) % HEADS
+    program = tl.program_id(0)
+    part = program % BLOCKS
+    h = program // BLOCKS % HEADS
     head = h.to(tl.int64)
-    slot = tl.program_id(0) // HEADS
-    _, batch, row, start, length = place_of(slot, cu, sequences, tokens, segments, steps, CHUNK)
+    slot = program // (BLOCKS * HEADS)
+    _, batch, row, start, length = place_of(slot, cu, sequences, tokens, segments, steps, BLOCKS * ROWS)
+    row += part * ROWS
     if row >= length:
         return
     place = batch * tokens + start
@@ -68,65 +74,104 @@ def linear_attention_gradients_kernel(
     k += batch * stride_kb + first * stride_kt + head // GROUP * stride_kh
     v += batch * stride_vb + first * stride_vt + head // GROUP * stride_vh
     grad += batch * stride_gb + first * stride_gt + head * stride_gh
-    offs = tl.arange(0, CHUNK)
+    offs = tl.arange(0, ROWS)
     inside = row + offs < length
     walked = (row + offs).to(tl.int64) * STEP
     places = place + walked
     of_q, of_k, of_v, of_grad = walked * stride_qt, walked * stride_kt, walked * stride_vt, walked * stride_gt
     state_index = slot * HEADS + h
+    if BLOCKS == 2:  # the block behind this one has its queries for our keys, the one before keys for our queries
+        first_part = part == 0
+        other_row = row + tl.where(first_part, ROWS, -ROWS)
+        inside_o = other_row + offs < length
+        walked_o = (other_row + offs).to(tl.int64) * STEP
+        places_o = place + walked_o
+        products_o = tl.zeros([ROWS, ROWS], tl.float32)
+        grads_o = tl.zeros([ROWS, ROWS], tl.float32)
 
     # Scores of (query i, key j) and, as "..._t", of (key j, query i): no product takes another's transpose.
-    products_t = tl.zeros([CHUNK, CHUNK], tl.float32)
+    products_t = tl.zeros([ROWS, ROWS], tl.float32)
     for d in tl.range(0, K, BK):
         keys = d + tl.arange(0, BK)
         qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE)
         kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
         products_t = tl.dot(kb, tl.trans(qb), products_t, input_precision=PRECISION)
-    grads = tl.zeros([CHUNK, CHUNK], tl.float32)
-    grads_t = tl.zeros([CHUNK, CHUNK], tl.float32)
+        if BLOCKS == 2:
+            if first_part:
+                qo = operand(q, None, walked_o * stride_qt, places_o, inside_o, keys, h, K, MAP_Q, 1, WIDE)
+                products_o = tl.dot(kb, tl.trans(qo), products_o, input_precision=PRECISION)
+    grads = tl.zeros([ROWS, ROWS], tl.float32)
+    grads_t = tl.zeros([ROWS, ROWS], tl.float32)
     for m in tl.range(0, V, BV):
         cols = m + tl.arange(0, BV)
         vb = operand(v, None, of_v, places, inside, cols, h, V, 0, 1, WIDE)
         gb = operand(grad, factor, of_grad, places, inside, cols, h, V, 0, HEADS, WIDE)
         grads = tl.dot(gb, tl.trans(vb), grads, input_precision=PRECISION)
         grads_t = tl.dot(vb, tl.trans(gb), grads_t, input_precision=PRECISION)
+        if BLOCKS == 2:
+            if first_part:
+                go = operand(grad, factor, walked_o * stride_gt, places_o, inside_o, cols, h, V, 0, HEADS, WIDE)
+                grads_o = tl.dot(vb, tl.trans(go), grads_o, input_precision=PRECISION)
+            else:
+                vo = operand(v, None, walked_o * stride_vt, places_o, inside_o, cols, h, V, 0, 1, WIDE)
+                grads_o = tl.dot(gb, tl.trans(vo), grads_o, input_precision=PRECISION)
     if x is not None:
         xs = scalars(x, places, inside, h, HEADS)
         grads += xs[:, None]
         grads_t += xs[None, :]
+        if BLOCKS == 2:
+            if first_part:
+                grads_o += scalars(x, places_o, inside_o, h, HEADS)[None, :]
+            else:
+                grads_o += xs[:, None]
     lower, upper = offs[:, None] >= offs[None, :], offs[:, None] <= offs[None, :]
-    before = tl.full([CHUNK], 1.0, tl.float32)
-    after = tl.full([CHUNK], 1.0, tl.float32)
-    kept = 1.0
     if decay is not None:
         decay += batch * stride_db + first * stride_dt + head * stride_dh
+        steady = steady_log_decay(decay, STEADY, exact)
         _, running, remaining, total = log_decays(
-            decay, steady_log_decay(decay, STEADY, exact), row, offs, stride_dt, length, STEP, STEADY, exact, CHUNK
+            decay, steady, row, offs, stride_dt, length, STEP, STEADY, exact, ROWS
         )
         before, after = tl.exp(running.to(tl.float32)), tl.exp(remaining.to(tl.float32))
-        kept = tl.exp(total.to(tl.float32))
         apart = (running[:, None] - running[None, :]).to(tl.float32)
         grads *= tl.exp(tl.where(lower, apart, float("-inf")))
         apart_t = (running[None, :] - running[:, None]).to(tl.float32)
-        products_t *= tl.exp(tl.where(upper, apart_t, float("-inf")))
+        decays_t = tl.exp(tl.where(upper, apart_t, float("-inf")))
+        products_t *= decays_t
         if ddecay is not None:
             pairs = tl.where(offs[:, None] < offs[None, :], products_t * grads_t, 0.0) * scale
             behind = tl.sum(pairs, 0)  # of i >= t less those of j >= t: what crosses t
             behind -= tl.sum(pairs, 1)
-            ahead = tl.zeros([CHUNK], tl.float32)
-            around = 0.0
-        grads_t *= tl.exp(tl.where(upper, apart_t, float("-inf")))
+            ahead = tl.zeros([ROWS], tl.float32)
+            around = tl.zeros([BK], tl.float32)
+        grads_t *= decays_t
+        if BLOCKS == 2:
+            _, running_o, remaining_o, total_o = log_decays(
+                decay, steady, other_row, offs, stride_dt, length, STEP, STEADY, exact, ROWS
+            )
+            before_o, after_o = tl.exp(running_o.to(tl.float32)), tl.exp(remaining_o.to(tl.float32))
+            if first_part:
+                between = after[:, None] * before_o[None, :]
+                after *= tl.exp(total_o.to(tl.float32))
+            else:
+                between = before[:, None] * after_o[None, :]
+                before *= tl.exp(total_o.to(tl.float32))
+            products_o *= between
+            grads_o *= between
     else:
+        before = tl.full([ROWS], 1.0, tl.float32)
         grads = tl.where(lower, grads, 0.0)
         grads_t = tl.where(upper, grads_t, 0.0)
         products_t = tl.where(upper, products_t, 0.0)
     operands: tl.constexpr = tl.float32 if WIDE else q.dtype.element_ty
-    grads, grads_t, products_t = (grads * scale).to(operands), (grads_t * scale).to(operands), (products_t * scale).to(operands)
+    grads, grads_t = (grads * scale).to(operands), (grads_t * scale).to(operands)
+    products_t = (products_t * scale).to(operands)
+    if BLOCKS == 2:
+        grads_o, products_o = (grads_o * scale).to(operands), (products_o * scale).to(operands)
 
     for d in tl.range(0, K, BK):
         keys = d + tl.arange(0, BK)
-        acc_q = tl.zeros([CHUNK, BK], tl.float32)
-        acc_k = tl.zeros([CHUNK, BK], tl.float32)
+        acc_q = tl.zeros([ROWS, BK], tl.float32)
+        acc_k = tl.zeros([ROWS, BK], tl.float32)
         for m in tl.range(0, V, BV):
             cols = m + tl.arange(0, BV)
             exists = (keys < K)[:, None] & (cols < V)[None, :]
@@ -137,7 +182,7 @@ def linear_attention_gradients_kernel(
             acc_q = tl.dot(gb, tl.trans(left), acc_q, input_precision=PRECISION)
             acc_k = tl.dot(vb, tl.trans(right), acc_k, input_precision=PRECISION)
             if ddecay is not None:
-                around += tl.sum(tl.sum(left.to(tl.float32) * right.to(tl.float32), 1), 0)
+                around += tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
         if x is not None:
             at = state_index.to(tl.int64) * K + keys
             left_z = tl.load(left_vectors + at, mask=keys < K, other=0.0)
@@ -145,9 +190,10 @@ def linear_attention_gradients_kernel(
             acc_q += xs[:, None] * left_z[None, :]
             acc_k += right_z[None, :]
             if ddecay is not None:
-                around += tl.sum(left_z * right_z, 0)
+                around += left_z * right_z
         acc_q *= (before * scale)[:, None]
-        acc_k *= after[:, None]
+        if decay is not None:
+            acc_k *= after[:, None]
         qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE)
         kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
         if ddecay is not None:
@@ -155,17 +201,24 @@ def linear_attention_gradients_kernel(
             ahead += tl.sum(kb.to(tl.float32) * acc_k, 1)
         acc_q = tl.dot(grads, kb, acc_q, input_precision=PRECISION)
         acc_k = tl.dot(grads_t, qb, acc_k, input_precision=PRECISION)
+        if BLOCKS == 2:
+            if first_part:
+                qo = operand(q, None, walked_o * stride_qt, places_o, inside_o, keys, h, K, MAP_Q, 1, WIDE)
+                acc_k = tl.dot(grads_o, qo, acc_k, input_precision=PRECISION)
+            else:
+                ko = operand(k, weight, walked_o * stride_kt, places_o, inside_o, keys, h, K, MAP_K, 1, WIDE)
+                acc_q = tl.dot(grads_o, ko, acc_q, input_precision=PRECISION)
         if weight is not None:
             acc_k *= scalars(weight, places, inside, h, 1)[:, None]
         acc_q = _differentiated(acc_q, q, of_q, inside, keys, K, MAP_Q)
         acc_k = _differentiated(acc_k, k, of_k, inside, keys, K, MAP_K)
-        at = (places * HEADS + h)[:, None] * K + keys[None, :]
+        at = ((places * HEADS + h) * K)[:, None] + keys[None, :]
         within = inside[:, None] & (keys < K)[None, :]
         tl.store(dq + at, acc_q.to(dq.dtype.element_ty), mask=within)
         tl.store(dk + at, acc_k.to(dk.dtype.element_ty), mask=within)
     for m in tl.range(0, V, BV):
         cols = m + tl.arange(0, BV)
-        acc_v = tl.zeros([CHUNK, BV], tl.float32)
+        acc_v = tl.zeros([ROWS, BV], tl.float32)
         for d in tl.range(0, K, BK):
             keys = d + tl.arange(0, BK)
             exists = (keys < K)[:, None] & (cols < V)[None, :]
@@ -176,10 +229,15 @@ def linear_attention_gradients_kernel(
             acc_v *= after[:, None]
         gb = operand(grad, factor, of_grad, places, inside, cols, h, V, 0, HEADS, WIDE)
         acc_v = tl.dot(products_t, gb, acc_v, input_precision=PRECISION)
-        at = (places * HEADS + h)[:, None] * V + cols[None, :]
+        if BLOCKS == 2:
+            if first_part:
+                go = operand(grad, factor, walked_o * stride_gt, places_o, inside_o, cols, h, V, 0, HEADS, WIDE)
+                acc_v = tl.dot(products_o, go, acc_v, input_precision=PRECISION)
+        at = ((places * HEADS + h) * V)[:, None] + cols[None, :]
         tl.store(dv + at, acc_v.to(dv.dtype.element_ty), mask=inside[:, None] & (cols < V)[None, :])
     if ddecay is not None:
-        crossing = tl.cumsum(behind, 0, reverse=True) + (tl.cumsum(ahead, 0) - ahead) + kept * around
+        around = tl.exp(total.to(tl.float32)) * tl.sum(around, 0)
+        crossing = tl.cumsum(behind, 0, reverse=True) + (tl.cumsum(ahead, 0) - ahead) + around
         if FRESH:
             crossing = tl.where(row + offs == 0, 0.0, crossing)
         tl.store(ddecay + places * HEADS + h, crossing, mask=inside)

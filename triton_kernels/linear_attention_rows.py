@@ -92,7 +92,7 @@ def log_decays(
     """
     inside = (row + offs < length) & (row + offs >= 0)
     if STEADY:
-        last = tl.minimum(CHUNK, length - row)
+        last = tl.maximum(tl.minimum(CHUNK, length - row), 0)
         g = tl.where(inside, steady, 0.0)
         running = steady * (offs + 1)
         remaining = steady * tl.maximum(last - 1 - offs, 0)
