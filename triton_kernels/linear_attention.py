@@ -18,6 +18,7 @@ from .linear_attention_device import (
     linear_attention_kernel,
 )
 from .linear_attention_gradients import linear_attention_gradients_kernel, linear_attention_rows_kernel
+from .linear_attention_outputs import linear_attention_outputs_kernel
 from .linear_attention_rows import EXP_SHIFTED, IDENTITY
 from .linear_attention_states import linear_attention_scan_kernel, linear_attention_states_kernel
 
@@ -28,6 +29,7 @@ NARROWEST = 16  # of a product's operands
 _pass_kernel = Launcher(linear_attention_kernel)
 _states_kernel = Launcher(linear_attention_states_kernel)
 _scan_kernel = Launcher(linear_attention_scan_kernel)
+_outputs_kernel = Launcher(linear_attention_outputs_kernel)
 _gradients_kernel = Launcher(linear_attention_gradients_kernel)
 _rows_kernel = Launcher(linear_attention_rows_kernel)
 
@@ -283,7 +285,10 @@ def carry(call, left, right, chunk, *, segment=None, keep_segments=False, keep_c
     if keep_chunks:
         chunks = call.slots(length, chunk)
         states = tuple(call.states(chunks, width, value_width, call.operands) if side else NO_STATE for side in sides)
-    starts, ends = ([side.start if side else NO_STATE for side in sides], [side.end if side else NO_STATE for side in sides])
+    starts, ends = (
+        [side.start if side else NO_STATE for side in sides],
+        [side.end if side else NO_STATE for side in sides],
+    )
     if not segment:
         walk_states(call, left, right, config, starts=starts, ends=ends, states=states)
         return states
@@ -312,6 +317,29 @@ def walk(call, step, left):
         return run(call, step, left.start, left.end)
     before, _ = carry(call, left, None, config[0], segment=segment, keep_segments=True)
     run(call, step, before, segment=segment, by_slot=True)
+
+
+def _outputs(call, step, left, config):
+    """Launch the states before all chunks, then the result of all rows."""
+    query, key, value = step.a, left.b, left.c
+    length, width, value_width = query.x.shape[1], query.x.shape[3], value.x.shape[3]
+    chunk = config[0] * config[1]
+    states, _ = carry(call, left, None, chunk, keep_chunks=True)
+    tensors = (query.x, key.x, value.x)
+    strides = sum((x.stride()[:3] for x in tensors), ()) + call.decay_strides()
+    pointers = (*tensors, key.factor, step.out_factor, call.decay, *states, step.out, step.den, call.cu)
+    programs = call.slots(length, chunk) * call.heads * config[0] * triton.cdiv(value_width, config[3])
+    if programs:
+        _outputs_kernel(
+            programs,
+            (dtypes(pointers), strides, alignments(*pointers)),
+            (*pointers, *call.where(length, chunk)[1:], *strides, step.scale, step.eps),
+            (
+                call.heads, key.group, width, value_width, padded(width), query.map, key.map, call.step, call.steady,
+                call.wide, call.precision,
+            ),
+            config,
+        )  # fmt: skip
 
 
 def both_sides(call, step):
@@ -357,7 +385,11 @@ def linear_attention_fwd(
         carry(call, left, None, tile(call, step)[0][0])
         apply(call, step, final)
     else:
-        walk(call, step, left)
+        tiles = configs.outputs_config(q.dtype, padded(width), padded(value_width))
+        if tiles is None:
+            walk(call, step, left)
+        else:
+            _outputs(call, step, left, tiles)
     return out, den, final.s, call.empty(0) if final.z is None else final.z
 
 
@@ -410,7 +442,8 @@ def _gradients(call, left, right, results, fresh):
     key, value, query, grad = left.b, left.c, right.b, right.c
     length, width, value_width = query.x.shape[1], query.x.shape[3], value.x.shape[3]
     whole = max(query.map, key.map) >= EXP_SHIFTED.value
-    config = configs.gradients_config(call.q.dtype, padded(width), padded(value_width), whole, results[3] is not None)
+    single = results[3] is not None
+    config, registers = configs.gradients_config(call.q.dtype, padded(width), padded(value_width), whole, single)
     chunk = config[0] * config[1]
     states = carry(call, left, right, chunk, keep_chunks=True)
     tensors = (query.x, key.x, value.x, grad.x)
@@ -429,6 +462,7 @@ def _gradients(call, left, right, results, fresh):
                 call.wide, call.precision,
             ),
             config,
+            registers,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ PROGRAMS = 2  # programs a multiprocessor that a launch should reach where seque
 SHORTEST_SEGMENT = 4  # chunks: a shorter segment would read and write more state than tokens
 SCAN_TILE, SCAN_ROWS = 2048, 64  # numbers that a program of the scan takes at once, and of how many segments at most
 
-# (half, width): (CHUNK, BV value columns of a program, num_warps, num_stages). CHUNK must not depend on the value width.
+# (half, width): (CHUNK, BV value columns of a program, num_warps, num_stages).
 FORWARD = {
     (True, 64): (64, 64, 4, 2),
     (True, 128): (64, 64, 4, 2),
@@ -22,11 +22,19 @@ FORWARD = {
     (False, 128): (32, 32, 4, 1),
     (False, 256): (32, 16, 4, 1),
 }
-# (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages) of the gradients.
+# (half, width): (BLOCKS of a chunk, ROWS of a block, BK key columns of a state, BV value columns of a program,
+# num_warps, num_stages) of the result with the states of all chunks in memory; None: programs carry them (FORWARD).
+OUTPUTS = {
+    (True, 128): None,
+    (True, 256): (4, 64, 64, 128, 8, 2),
+    (False, 256): None,
+}
+# (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages, registers a thread
+# may take or None) of the gradients. With 128, which costs few or no spills, two programs of 8 warps run at a time.
 GRADIENTS = {
-    (True, 64): (2, 64, 64, 8, 1),
-    (True, 256): (2, 64, 64, 8, 2),
-    (False, 256): (2, 32, 32, 4, 1),
+    (True, 64): (2, 64, 32, 8, 2, 128),
+    (True, 256): (2, 64, 64, 8, 2, 128),
+    (False, 256): (2, 32, 32, 4, 1, None),
 }
 # (half, width): (columns and rows of a program's part of a state, num_warps, num_stages).
 STATES = {
@@ -42,18 +50,27 @@ def entry(table, dtype, width):
 
 
 def config(dtype, width, value_width, whole_rows):
-    """(CHUNK, BV, num_warps, num_stages) of a pass, for padded widths; whole_rows: a program needs all value columns."""
+    """(CHUNK, BV, num_warps, num_stages) of a pass, for padded widths; whole_rows: all columns in a program."""
     chunk, columns, warps, stages = entry(FORWARD, dtype, width)
     if whole_rows:
         columns, warps = value_width, 8 if value_width > 64 else warps
     return chunk, min(columns, value_width), warps, stages
 
 
+def outputs_config(dtype, width, value_width):
+    """(BLOCKS, ROWS, BK, BV, num_warps, num_stages), or None: let programs carry the state."""
+    found = entry(OUTPUTS, dtype, width)
+    if found is None:
+        return None
+    blocks, rows, keys, columns, warps, stages = found
+    return blocks, rows, min(keys, width), min(columns, value_width), warps, stages
+
+
 def gradients_config(dtype, width, value_width, whole_rows, single):
-    """(BLOCKS, ROWS, BK, BV, num_warps, num_stages); whole_rows: a map needs all key columns at once; single: one block."""
-    blocks, rows, columns, warps, stages = entry(GRADIENTS, dtype, width)
-    keys = width if whole_rows else min(columns, width)
-    return 1 if single else blocks, rows, keys, min(columns, value_width), warps, stages
+    """(BLOCKS, ROWS, BK, BV, num_warps, num_stages) and registers; whole_rows: a map needs all key columns."""
+    blocks, rows, columns, warps, stages, registers = entry(GRADIENTS, dtype, width)
+    tile = 1 if single else blocks, rows, min(columns, width), min(columns, value_width), warps, stages
+    return ((*tile[:2], width, *tile[3:]), None) if whole_rows else (tile, registers)
 
 
 def states_config(dtype, width, value_width, whole_rows, walks, device):

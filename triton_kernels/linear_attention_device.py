@@ -5,8 +5,8 @@ With queries a, keys b, values c, in the order of the walk, and G the running su
     y_i = sum over j <= i of e^(G_i - G_j) (a_i . b_j + x_i w_j) c_j  +  e^(G_i) (S^T a_i + x_i z),
 
 where S = sum of decayed b c^T and z = sum of decayed w c (with a normaliser: of b) come from the left. The result is
-a, b, c = q, k, v. Where S is the same for all queries, and in both directions at once, passes make the gradients too: dq
-is dout, v, k, dk is v, dout, q and dv is k, q, dout. Else linear_attention_gradients.py does.
+a, b, c = q, k, v. Where S is the same for all queries, and in both directions at once, passes make the gradients too:
+dq is dout, v, k, dk is v, dout, q and dv is k, q, dout. Else linear_attention_gradients.py does.
 
 A program owns BV value columns of one head of one segment, holds S in registers and walks the segment chunk by chunk.
 Products take bfloat16 operands, or float32 ones: as tf32 for float16 inputs, whose range the scores and states exceed,

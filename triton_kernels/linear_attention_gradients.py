@@ -1,13 +1,14 @@
 """The gradients of linear attention in one direction, chunk by chunk, given the states before and behind each chunk.
 
-With P_ij = e^(G_i - G_j) q_i . k_j and dP_ij = e^(G_i - G_j) (dy_i . v_j + x_i) for j <= i, in the order of the walk, and
-the states of linear_attention_states.py,
+With P_ij = e^(G_i - G_j) q_i . k_j and dP_ij = e^(G_i - G_j) (dy_i . v_j + x_i) for j <= i, in the order of the walk,
+and the states of linear_attention_states.py,
 
-    dq_i = sum over j of dP_ij k_j + e^(G_i) (S dy_i + x_i z)          dv_j = sum over i of P_ij dy_i + e^(G_c - G_j) R^T k_j
+    dq_i = sum over j of dP_ij k_j + e^(G_i) (S dy_i + x_i z)
     dk_j = sum over i of dP_ij q_i + e^(G_c - G_j) (R v_j + r)
+    dv_j = sum over i of P_ij dy_i + e^(G_c - G_j) R^T k_j.
 
-The decay of token t acts on what reaches a token i >= t from a token j < t. Of the four kinds of such pairs (both in the
-chunk, only i, only j, neither) none is the difference of large sums:
+The decay of token t acts on what reaches a token i >= t from a token j < t. There are four kinds of such pairs (in the
+chunk are both, only i, only j, neither), and none takes the difference of large sums:
 
     dg_t = sum over j < t <= i of P_ij (dy_i . v_j + x_i) + sum over i >= t of q_i . e^(G_i) (S dy_i + x_i z)
            + sum over j < t of k_j . e^(G_c - G_j) (R v_j + r) + e^(G_c) (<S, R> + <z, r>).

@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from .intervals import _bounded_start
-from .linear_attention_rows import UNSPECIALIZED, log_decays, operand, place_of, scalars, state_pointers, steady_log_decay
+from .linear_attention_rows import (
+    UNSPECIALIZED,
+    log_decays,
+    operand,
+    place_of,
+    scalars,
+    state_pointers,
+    steady_log_decay,
+)
 
 
 @triton.jit
