@@ -1,13 +1,26 @@
 """Launches linear attention and its gradients: which kernels a call consists of, whole sequences or segments."""
 
-import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 from . import linear_attention_configs as configs
 from .launch import Launcher, alignments
+from .linear_attention_carry import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    NO_STATE,
+    NON_CAUSAL,
+    REVERSE,
+    Call,
+    Rows,
+    Side,
+    State,
+    carry,
+    ceil_div,
+    dtypes,
+    padded,
+)
 from .linear_attention_device import (
     BOTH_SIDES,
     FROM_RIGHT,
@@ -20,47 +33,13 @@ from .linear_attention_device import (
 from .linear_attention_gradients import linear_attention_gradients_kernel, linear_attention_rows_kernel
 from .linear_attention_outputs import linear_attention_outputs_kernel
 from .linear_attention_rows import EXP_SHIFTED, IDENTITY
-from .linear_attention_states import linear_attention_scan_kernel, linear_attention_states_kernel
 
-NON_CAUSAL, CAUSAL, REVERSE, BIDIRECTIONAL = range(4)  # as in flowattn/reference/linear_attention.py
 ROWS_BLOCK = 32
-NARROWEST = 16  # of a product's operands
 
 _pass_kernel = Launcher(linear_attention_kernel)
-_states_kernel = Launcher(linear_attention_states_kernel)
-_scan_kernel = Launcher(linear_attention_scan_kernel)
 _outputs_kernel = Launcher(linear_attention_outputs_kernel)
 _gradients_kernel = Launcher(linear_attention_gradients_kernel)
 _rows_kernel = Launcher(linear_attention_rows_kernel)
-
-
-class Rows(NamedTuple):
-    """Rows (B, T, heads, width) in the role of queries, keys or values, phi(rows) * factor in use."""
-
-    x: torch.Tensor
-    group: int = 1  # query heads that share a head of x
-    map: int = IDENTITY.value
-    factor: torch.Tensor | None = None  # (B, T) or (B, T, H), contiguous
-
-
-class State(NamedTuple):
-    """A matrix and, with a normaliser, a vector for each (sequence, head), slot or chunk, as `LinearState` has them."""
-
-    s: torch.Tensor | None = None
-    z: torch.Tensor | None = None
-
-
-NO_STATE = State()
-
-
-class Side(NamedTuple):
-    """What linear_attention_states.py sums up from one side: b c^T and x b, from `start` on."""
-
-    b: Rows
-    c: Rows
-    start: State = NO_STATE
-    end: State = NO_STATE
-    x: torch.Tensor | None = None
 
 
 class Sides(NamedTuple):
@@ -71,70 +50,6 @@ class Sides(NamedTuple):
 
 
 LEFT = Sides()
-
-
-class Call(NamedTuple):
-    """What all kernels of a call share."""
-
-    q: torch.Tensor
-    heads: int
-    cu: torch.Tensor | None
-    decay: torch.Tensor | None
-    mode: int
-    normalize: bool
-    scale: float = 1.0  # of what comes from the right
-
-    @property
-    def sequences(self):
-        return self.q.shape[0] if self.cu is None else self.cu.shape[0] - 1
-
-    @property
-    def wide(self):
-        """Whether products take float32 operands."""
-        return self.q.dtype != torch.bfloat16
-
-    @property
-    def operands(self):
-        """The dtype of products' operands, and so of states that are only that."""
-        return torch.float32 if self.wide else self.q.dtype
-
-    @property
-    def precision(self):
-        return "tf32x3" if self.q.dtype == torch.float32 else "tf32"
-
-    @property
-    def step(self):
-        return -1 if self.mode == REVERSE else 1
-
-    @property
-    def steady(self):
-        """Whether all tokens have one decay."""
-        return self.decay is not None and self.decay.shape[1] == 1
-
-    def decay_strides(self):
-        if self.decay is None:
-            return 0, 0, 0
-        return tuple(0 if size == 1 else stride for size, stride in zip(self.decay.shape, self.decay.stride()))
-
-    def empty(self, *shape, dtype=torch.float32):
-        return self.q.new_empty(shape, dtype=dtype)
-
-    def slots(self, length, segment):
-        """Slots that hold the segments of all sequences, however long each packed one is (see intervals.py)."""
-        if not segment:
-            return self.sequences
-        if self.cu is None:
-            return self.sequences * triton.cdiv(length, segment)
-        return length // segment + self.sequences + 1
-
-    def states(self, count, width, value_width, dtype=torch.float32):
-        z = self.empty(count, self.heads, width) if self.normalize else None
-        return State(self.empty(count, self.heads, width, value_width, dtype=dtype), z)
-
-    def where(self, length, segment):
-        """The arguments of `place_of`, from cu_seqlens on."""
-        count = triton.cdiv(length, segment) if segment else 1
-        return self.cu, self.sequences, length, count, (self.sequences + 1).bit_length()
 
 
 class Pass(NamedTuple):
@@ -156,15 +71,6 @@ class Pass(NamedTuple):
     input: Rows | None = None
 
 
-def dtypes(pointers):
-    return tuple(None if x is None else x.dtype for x in pointers)
-
-
-@functools.cache
-def padded(width):
-    return max(NARROWEST, triton.next_power_of_2(width))
-
-
 def tile(call, step):
     """(CHUNK, BV, num_warps, num_stages) and BK of a pass; columns past the widths are masked."""
     width = padded(step.b.x.shape[3])
@@ -180,7 +86,7 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
     length = rows.x.shape[1]
     backwards = (call.mode == REVERSE) != (sides.kind == FROM_RIGHT.value)
     strides = [x.x.stride()[:3] if x is not None else (0, 0, 0) for x in (a, b, c, given)]
-    strides = sum(strides, ()) + call.decay_strides()
+    strides = sum(strides, ()) + call.decay_strides
     factors = [x.factor if x is not None else None for x in (a, b, c)]
     pointers = (
         *(x.x if x is not None else None for x in (a, b, c, given)), step.out, *factors, step.out_factor, call.decay,
@@ -193,125 +99,22 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
         step.vector, walks, -1 if backwards else 1, call.steady, step.transposed, segment, by_slot,
         step.value_scale != 1.0, sides.kind, call.wide, call.precision,
     )  # fmt: skip
-    programs = call.slots(length, segment) * call.heads * triton.cdiv(c.x.shape[3], config[1])
+    programs = call.slots(length, segment) * call.heads * ceil_div(c.x.shape[3], config[1])
     if programs:
         _pass_kernel(
             programs,
             (dtypes(pointers), strides, alignments(*pointers)),
-            (*pointers, *call.where(length, segment)[1:], *strides, step.scale, step.eps, step.value_scale),
+            (*pointers, *call.where(length, segment), *strides, step.scale, step.eps, step.value_scale),
             constants,
             config,
         )
-
-
-def walk_states(
-    call, left, right, config, segment=0, *, starts=(NO_STATE,) * 2, ends=(NO_STATE,) * 2, by_slot=False,
-    states=(NO_STATE,) * 2, log_decay=None,
-):  # fmt: skip
-    """Launch the states kernel for one side or both, over whole sequences or segments."""
-    rows, others = (left.b, left.c) if left else (right.b, right.c)
-    length, width, value_width = rows.x.shape[1], rows.x.shape[3], others.x.shape[3]
-    pointers, strides = [], ()
-    for side, start, end, kept in zip((left, right), starts, ends, states):
-        if side is None:
-            pointers += [None] * 10
-            strides += (0,) * 6
-            continue
-        own = (side.b.factor, *kept) if side is left else (side.c.factor, side.x, *kept)
-        pointers += [side.b.x, side.c.x, *own, *start, *end]
-        strides += (*side.b.x.stride()[:3], *side.c.x.stride()[:3])
-    if left is None:
-        pointers.pop(0)  # the left side has no x
-    pointers = (*pointers, call.decay, log_decay, call.cu)
-    strides += call.decay_strides()
-    sides = (left is not None) + (right is not None)
-    pieces = triton.cdiv(width, config[1]) * triton.cdiv(value_width, config[2])
-    programs = call.slots(length, segment) * call.heads * pieces * sides
-    if programs:
-        _states_kernel(
-            programs,
-            (dtypes(pointers), strides, alignments(*pointers)),
-            (*pointers, *call.where(length, segment)[1:], *strides, call.scale),
-            (
-                call.heads, left.b.group if left else 1, width, value_width, right.b.map if right else IDENTITY.value,
-                left.b.map if left else IDENTITY.value, left is not None, right is not None, call.normalize,
-                call.scale != 1.0, call.step, call.steady, segment, by_slot, call.wide, call.precision,
-            ),
-            config,
-        )  # fmt: skip
-
-
-def scan(call, sides, segment, length, config, local, before, log_decay):
-    """Launch the scan over the segments' sums, into the states before them and the sides' end states."""
-    (width, value_width), vectors = next(x.s.shape[2:] for x in local if x.s is not None), call.normalize
-    pointers = []
-    for part in range(2):
-        for side, own, out in zip(sides, local, before):
-            pointers += [None] * 4 if side is None else [own[part], out[part], side.start[part], side.end[part]]
-    pointers = (*pointers, log_decay, call.cu)
-    rows, block = config[:2]
-    blocks = triton.cdiv(width * value_width, block) + (triton.cdiv(width, block) if vectors else 0)
-    used = [side is not None for side in sides]
-    _scan_kernel(
-        call.sequences * call.heads * blocks * sum(used),
-        (dtypes(pointers), alignments(*pointers)),
-        (*pointers, *call.where(length, segment)[1:4]),
-        (call.heads, width * value_width, width, segment, *used),
-        config,
-    )
-
-
-def carry(call, left, right, chunk, *, segment=None, keep_segments=False, keep_chunks=False):
-    """Sum up both sides (None: not wanted) into their `end` states.
-
-    Returns the states before each segment, or before (right: behind) each chunk of `chunk` tokens, of either side.
-    """
-    sides = (left, right)
-    given = [side for side in sides if side is not None]
-    length, width, value_width = given[0].b.x.shape[1], given[0].b.x.shape[3], given[0].c.x.shape[3]
-    walks, device = call.sequences * call.heads * len(given), call.q.device
-    whole = max(side.b.map for side in given) >= EXP_SHIFTED.value
-    block = configs.states_config(call.q.dtype, padded(width), padded(value_width), whole, walks, device)
-    if segment is None:
-        pieces = triton.cdiv(width, block[0]) * triton.cdiv(value_width, block[1])
-        segment = configs.segment_tokens(device, walks * pieces, length, chunk)
-    if segment:
-        walks_of_segments = walks * triton.cdiv(length, segment)
-        block = configs.states_config(
-            call.q.dtype, padded(width), padded(value_width), whole, walks_of_segments, device
-        )  # fmt: skip
-    config = (chunk, *block)
-    states = (NO_STATE, NO_STATE)
-    if keep_chunks:
-        chunks = call.slots(length, chunk)
-        states = tuple(call.states(chunks, width, value_width, call.operands) if side else NO_STATE for side in sides)
-    starts, ends = (
-        [side.start if side else NO_STATE for side in sides],
-        [side.end if side else NO_STATE for side in sides],
-    )
-    if not segment:
-        walk_states(call, left, right, config, starts=starts, ends=ends, states=states)
-        return states
-    slots = call.slots(length, segment)
-    local, before = (
-        tuple(call.states(slots, width, value_width) if side and wanted else NO_STATE for side in sides)
-        for wanted in (True, keep_segments or keep_chunks)
-    )
-    log_decay = None if call.decay is None else call.empty(slots, call.heads)
-    walk_states(call, left, right, config, segment, ends=local, by_slot=True, log_decay=log_decay)
-    scan_config = configs.scan_config(triton.cdiv(length, segment), width * value_width, walks, device)
-    scan(call, sides, segment, length, scan_config, local, before, log_decay)
-    if keep_chunks:
-        walk_states(call, left, right, config, segment, starts=before, by_slot=True, states=states)
-        return states
-    return before
 
 
 def walk(call, step, left):
     """A causal pass, of whole sequences where these fill the processors, else of segments after a scan over them."""
     config, _ = tile(call, step)
     length = step.b.x.shape[1]
-    programs = call.sequences * call.heads * triton.cdiv(step.c.x.shape[3], config[1])
+    programs = call.sequences * call.heads * ceil_div(step.c.x.shape[3], config[1])
     segment = configs.segment_tokens(call.q.device, programs, length, config[0])
     if not segment:
         return run(call, step, left.start, left.end)
@@ -326,14 +129,14 @@ def _outputs(call, step, left, config):
     chunk = config[0] * config[1]
     states, _ = carry(call, left, None, chunk, keep_chunks=True)
     tensors = (query.x, key.x, value.x)
-    strides = sum((x.stride()[:3] for x in tensors), ()) + call.decay_strides()
+    strides = sum((x.stride()[:3] for x in tensors), ()) + call.decay_strides
     pointers = (*tensors, key.factor, step.out_factor, call.decay, *states, step.out, step.den, call.cu)
-    programs = call.slots(length, chunk) * call.heads * config[0] * triton.cdiv(value_width, config[3])
+    programs = call.slots(length, chunk) * call.heads * config[0] * ceil_div(value_width, config[3])
     if programs:
         _outputs_kernel(
             programs,
             (dtypes(pointers), strides, alignments(*pointers)),
-            (*pointers, *call.where(length, chunk)[1:], *strides, step.scale, step.eps),
+            (*pointers, *call.where(length, chunk), *strides, step.scale, step.eps),
             (
                 call.heads, key.group, width, value_width, padded(width), query.map, key.map, call.step, call.steady,
                 call.wide, call.precision,
@@ -447,7 +250,7 @@ def _gradients(call, left, right, results, fresh):
     chunk = config[0] * config[1]
     states = carry(call, left, right, chunk, keep_chunks=True)
     tensors = (query.x, key.x, value.x, grad.x)
-    strides = sum((x.stride()[:3] for x in tensors), ()) + call.decay_strides()
+    strides = sum((x.stride()[:3] for x in tensors), ()) + call.decay_strides
     pointers = (
         *tensors, grad.factor, key.factor, right.x, call.decay, *states[0], *states[1], *results, call.cu
     )  # fmt: skip
@@ -456,7 +259,7 @@ def _gradients(call, left, right, results, fresh):
         _gradients_kernel(
             programs,
             (dtypes(pointers), strides, alignments(*pointers)),
-            (*pointers, *call.where(length, chunk)[1:], *strides, call.scale),
+            (*pointers, *call.where(length, chunk), *strides, call.scale),
             (
                 call.heads, key.group, width, value_width, query.map, key.map, fresh, call.step, call.steady,
                 call.wide, call.precision,
@@ -477,10 +280,10 @@ def _row_factors(call, dout, out, den, row_scale, scale):
     strides = dout.stride()[:3]
     if rows:
         _rows_kernel(
-            triton.cdiv(rows, ROWS_BLOCK),
+            ceil_div(rows, ROWS_BLOCK),
             (dout.dtype, tuple(p is None for p in pointers), strides, alignments(*pointers)),
             (*pointers, rows, dout.shape[1], *strides, scale),
-            (call.heads, width, triton.next_power_of_2(width)),
+            (call.heads, width, padded(width)),
             (ROWS_BLOCK, 4, 1),
         )
     return factor, x

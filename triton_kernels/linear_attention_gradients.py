@@ -250,7 +250,10 @@ def linear_attention_rows_kernel(
     rows, tokens, stride_b, stride_t, stride_h, scale,
     HEADS: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """factor = row_scale * scale / den, by which dout counts, and x = -scale (dout . out) / den."""
+    """factor = row_scale * scale / den, by which dout counts, and x = -scale (dout . out) / den.
+
+    x z cancels most of what the scores give to dq, so x is formed from the rows that the products will take.
+    """
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < rows
     token, h = offs // HEADS, offs % HEADS
@@ -262,8 +265,11 @@ def linear_attention_rows_kernel(
         grad = tl.load(dout + at[:, None] + cols[None, :], mask=within, other=0.0).to(tl.float32)
         result = tl.load(out + (offs * V)[:, None] + cols[None, :], mask=within, other=0.0).to(tl.float32)
         divisor = tl.load(den + offs, mask=inside, other=1.0)
-        tl.store(x + offs, -scale * tl.sum(grad * result, 1) / divisor, mask=inside)
         value /= divisor
+        grad *= value[:, None]
+        if row_scale is None and dout.dtype.element_ty == tl.bfloat16:
+            grad = grad.to(tl.bfloat16).to(tl.float32)
+        tl.store(x + offs, -tl.sum(grad * result, 1), mask=inside)
     if row_scale is not None:
         value *= tl.load(row_scale + token, mask=inside, other=0.0)
     tl.store(factor + offs, value, mask=inside)
