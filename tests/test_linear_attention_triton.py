@@ -16,12 +16,27 @@ LENGTH = 300 if GPU else 38
 HALF = (F16, BF16) if GPU else (F16,)  # the interpreter's bfloat16 product is wrong
 
 
-@pytest.fixture(params=(False, True), ids=("whole", "segments"))
+@pytest.fixture(params=("whole", "segments", "rows"))
 def schedule(request, monkeypatch):
-    """Whole sequences, or segments of two chunks; in the interpreter, chunks and slices that few tokens fill."""
+    """Whole sequences, segments of two chunks, or the result by rows with the states of all chunks in memory.
+
+    In the interpreter, chunks and slices that few tokens fill.
+    """
+    rows = (2, 64, 64, 64, 4, 2) if GPU else (2, 16, 16, 16, 4, 1)
+    monkeypatch.setattr(configs, "outputs_config", lambda *rest: rows if request.param == "rows" else None)
+    cut = request.param == "segments"
     if not GPU:
-        monkeypatch.setattr(configs, "config", lambda dtype, width, values, whole: (16, values if whole else 16, 4, 1))
-    monkeypatch.setattr(configs, "segment_tokens", lambda device, programs, tokens, chunk: 2 * chunk * request.param)
+        tiles = {"config": lambda width, values, whole: (16, values if whole else 16, 4, 1)}
+        tiles["gradients_config"] = lambda width, values, whole, single: (
+            (1 if single else 2, 16, width if whole else 16, 16, 4, 1), None
+        )  # fmt: skip
+        tiles["states_config"] = lambda width, values, whole, *rest: (width if whole else 16, 16, 4, 1)
+        for name, choose in tiles.items():
+            monkeypatch.setattr(configs, name, lambda dtype, *rest, choose=choose: choose(*rest))
+        monkeypatch.setattr(configs, "scan_config", lambda *rest: (2, 128, 4, 1))
+    monkeypatch.setattr(
+        configs, "segment_tokens", lambda device, programs, tokens, chunk: (2 * chunk if GPU else 32) * cut
+    )
     with fa.use_backend("triton"):
         yield
 
@@ -59,13 +74,13 @@ def test_packed(schedule, device, mode):
           **NORMALIZED, **MODES[mode])  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", (False,), indirect=True, ids=("whole",))
+@pytest.mark.parametrize("schedule", ("whole",), indirect=True)
 @pytest.mark.parametrize("name", ("identity", "relu", "relu_eps", "sigmoid", "exp", "softmax"))
 def test_feature_maps(schedule, device, name):
     check(*rows(20), place=device, feature_map=name, normalize=name != "identity", causal=True)
 
 
-@pytest.mark.parametrize("schedule", (False,), indirect=True, ids=("whole",))
+@pytest.mark.parametrize("schedule", ("whole",), indirect=True)
 @pytest.mark.parametrize("learn", ((), ("decay",)), ids=("fused", "learned"))
 @pytest.mark.parametrize("packed", (False, True), ids=("dense", "packed"))
 def test_both_directions(schedule, device, packed, learn):
@@ -76,7 +91,7 @@ def test_both_directions(schedule, device, packed, learn):
     check(*rows(dtype=HALF[-1]), place=device, token_scale=torch.rand(1, LENGTH), **options)
 
 
-@pytest.mark.parametrize("schedule", (False,), indirect=True, ids=("whole",))
+@pytest.mark.parametrize("schedule", ("whole",), indirect=True)
 @pytest.mark.parametrize("lengths", ((20, 9), (0, 5), (5, 0), (0, 0)), ids=str)
 def test_few_or_no_tokens(schedule, device, lengths):
     q, k, v = (rows(lengths[i > 0])[i] for i in range(3))

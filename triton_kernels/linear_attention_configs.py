@@ -1,29 +1,102 @@
 """Tile shapes and schedules of the linear_attention kernels, in one place for tuning.
 
-A configuration is (CHUNK tokens, BV value columns of a program, num_warps, num_stages). Float32 operands (float32 and
-float16 inputs) take twice the shared memory of bfloat16. Chosen by what ptxas reports for sm_90 (no spills where
-there is no decay), not measured: the state of a program, BK x BV float32, takes 64 registers a thread.
+Each table gives, for bfloat16 or not and a padded key width, the tiles of a kernel; a later sweep replaces entries.
+Float32 operands (float32 and float16 inputs) take twice the shared memory of bfloat16. Chosen by what ptxas reports for
+sm_90, not measured.
 """
 
 import functools
 
 import torch
 
-PROGRAMS = 2  # programs a multiprocessor that a launch should reach before the sequences are cut
+WHOLE = 1.25  # programs a multiprocessor from which on each walks a whole sequence
+PROGRAMS = 2  # programs a multiprocessor that a launch should reach where sequences are cut
 SHORTEST_SEGMENT = 4  # chunks: a shorter segment would read and write more state than tokens
+SCAN_TILE, SCAN_ROWS = 2048, 64  # numbers that a program of the scan takes at once, and of how many segments at most
+
+# (half, width): (CHUNK, BV value columns of a program, num_warps, num_stages).
+FORWARD = {
+    (True, 64): (64, 64, 4, 2),
+    (True, 128): (64, 64, 4, 2),
+    (True, 256): (64, 64, 8, 2),
+    (False, 128): (32, 32, 4, 1),
+    (False, 256): (32, 16, 4, 1),
+}
+# (half, width): (BLOCKS of a chunk, ROWS of a block, BK key columns of a state, BV value columns of a program,
+# num_warps, num_stages) of the result with the states of all chunks in memory; None: programs carry them (FORWARD).
+OUTPUTS = {
+    (True, 128): None,
+    (True, 256): (4, 64, 64, 128, 8, 2),
+    (False, 256): None,
+}
+# (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages, registers a thread
+# may take or None) of the gradients. With 128, which costs few or no spills, two programs of 8 warps run at a time.
+GRADIENTS = {
+    (True, 64): (2, 64, 32, 8, 2, 128),
+    (True, 256): (2, 64, 64, 8, 2, 128),
+    (False, 256): (2, 32, 32, 4, 1, None),
+}
+# (half, width): (columns and rows of a program's part of a state, num_warps, num_stages).
+STATES = {
+    (True, 256): (64, 4, 3),
+    (False, 256): (32, 4, 2),
+}
+
+
+def entry(table, dtype, width):
+    """The entry of the narrowest width that is wide enough."""
+    half = dtype == torch.bfloat16
+    return table[min(key for key in table if key[0] == half and key[1] >= width)]
 
 
 def config(dtype, width, value_width, whole_rows):
-    """(CHUNK, BV, num_warps, num_stages) for padded widths; whole_rows: a program needs all value columns.
+    """(CHUNK, BV, num_warps, num_stages) of a pass, for padded widths; whole_rows: all columns in a program."""
+    chunk, columns, warps, stages = entry(FORWARD, dtype, width)
+    if whole_rows:
+        columns, warps = value_width, 8 if value_width > 64 else warps
+    return chunk, min(columns, value_width), warps, stages
 
-    CHUNK must not depend on the value width: passes over one another's segments share it.
-    """
-    if dtype == torch.bfloat16:
-        chunk, columns, warps, stages = 64, 64, 8 if width > 128 else 4, 2
-    else:
-        chunk, columns, warps, stages = 32, 32 if width <= 128 else 16, 4, 1
-    columns = value_width if whole_rows else min(columns, value_width)
-    return chunk, columns, 8 if columns > 64 else warps, stages
+
+def outputs_config(dtype, width, value_width):
+    """(BLOCKS, ROWS, BK, BV, num_warps, num_stages), or None: let programs carry the state."""
+    found = entry(OUTPUTS, dtype, width)
+    if found is None:
+        return None
+    blocks, rows, keys, columns, warps, stages = found
+    return blocks, rows, min(keys, width), min(columns, value_width), warps, stages
+
+
+def gradients_config(dtype, width, value_width, whole_rows, single):
+    """(BLOCKS, ROWS, BK, BV, num_warps, num_stages) and registers; whole_rows: a map needs all key columns."""
+    blocks, rows, columns, warps, stages, registers = entry(GRADIENTS, dtype, width)
+    tile = 1 if single else blocks, rows, min(columns, width), min(columns, value_width), warps, stages
+    return ((*tile[:2], width, *tile[3:]), None) if whole_rows else (tile, registers)
+
+
+def states_config(dtype, width, value_width, whole_rows, walks, device):
+    """(BK, BV, num_warps, num_stages); `walks` states are carried, cut until they fill the processors."""
+    block, warps, stages = entry(STATES, dtype, width)
+    rows, columns = width if whole_rows else min(block, width), min(block, value_width)
+
+    def filled():
+        return walks * (width // rows) * (value_width // columns) >= PROGRAMS * processors(device)
+
+    if not filled() and columns > 32:
+        columns = 32
+    if not filled() and rows > 32 and not whole_rows:
+        rows = 32
+    return rows, columns, warps, stages
+
+
+def scan_config(count, elements, walks, device):
+    """(SEGMENTS, BLOCK, num_warps, num_stages) of the scan over `count` segments for `walks` states."""
+    rows = 2
+    while rows < min(count + 1, SCAN_ROWS):
+        rows *= 2
+    block = SCAN_TILE // rows
+    while block > 32 and walks * elements < block * PROGRAMS * processors(device):
+        block //= 2
+    return rows, block, 4, 1
 
 
 @functools.cache
@@ -36,9 +109,9 @@ def segment_tokens(device, programs, tokens, chunk):
 
     `programs` walk a whole sequence each. Powers of two, because each is compiled for itself.
     """
-    missing = PROGRAMS * processors(device) / max(programs, 1)
-    if missing <= 1:
+    if programs >= WHOLE * processors(device):
         return 0
+    missing = PROGRAMS * processors(device) / max(programs, 1)
     segment = SHORTEST_SEGMENT * chunk
     while 2 * segment * missing <= tokens:
         segment *= 2

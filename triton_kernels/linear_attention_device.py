@@ -1,11 +1,12 @@
-"""The pass over tokens that linear attention and each of its gradients consist of.
+"""The pass over tokens that linear attention consists of.
 
 With queries a, keys b, values c, in the order of the walk, and G the running sum of the log decays, a pass computes
 
     y_i = sum over j <= i of e^(G_i - G_j) (a_i . b_j + x_i w_j) c_j  +  e^(G_i) (S^T a_i + x_i z),
 
 where S = sum of decayed b c^T and z = sum of decayed w c (with a normaliser: of b) come from the left. The result is
-a, b, c = q, k, v walked forward; dq is dout, v, k forward; dk is v, dout, q and dv is k, q, dout from the other end.
+a, b, c = q, k, v. Where S is the same for all queries, and in both directions at once, passes make the gradients too:
+dq is dout, v, k, dk is v, dout, q and dv is k, q, dout. Else linear_attention_gradients.py does.
 
 A program owns BV value columns of one head of one segment, holds S in registers and walks the segment chunk by chunk.
 Products take bfloat16 operands, or float32 ones: as tf32 for float16 inputs, whose range the scores and states exceed,
@@ -18,109 +19,28 @@ chunk, and one from the left that adds, to all pairs within a chunk, both states
 import triton
 import triton.language as tl
 
-from .intervals import _bounded_start, locate
+from .linear_attention_rows import (
+    UNSPECIALIZED,
+    derivative_product,
+    log_decays,
+    operand,
+    phi,
+    place_of,
+    scalars,
+    state_pointers,
+    steady_log_decay,
+)
 
-# As FEATURE_MAPS in flowattn/reference/linear_attention.py.
-IDENTITY, ELU1, RELU, RELU_EPS, SIGMOID, EXP, EXP_SHIFTED, SOFTMAX = (tl.constexpr(i) for i in range(8))
-LARGEST_EXPONENT = tl.constexpr(80.0)
-EPS_OF_RELU = tl.constexpr(1e-6)
-LOWEST_LOG_DECAY = tl.constexpr(-100.0)  # e^ it is 0 in float32; lower ones would cost the others' last digits
 NOTHING, SUM_OF_KEYS, SUM_OF_PAIRS = (tl.constexpr(i) for i in range(3))  # what z is
 ONE_SIDED, FROM_RIGHT, BOTH_SIDES = (tl.constexpr(i) for i in range(3))
-
-UNSPECIALIZED = ("sequences", "tokens", "segments", "steps")
-
-
-@triton.jit
-def phi(x, inside, MAP: tl.constexpr):
-    """The feature map in float32 of rows x; 0 outside."""
-    x = x.to(tl.float32)
-    if MAP == ELU1:
-        x = tl.where(x >= 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
-    elif MAP == RELU:
-        x = tl.maximum(x, 0.0)
-    elif MAP == RELU_EPS:
-        x = tl.maximum(x, 0.0) + EPS_OF_RELU
-    elif MAP == SIGMOID:
-        e = tl.exp(-tl.abs(x))
-        x = tl.where(x > 0, 1.0, e) / (1.0 + e)
-    elif MAP == EXP:
-        x = tl.exp(tl.minimum(x, LARGEST_EXPONENT))
-    elif MAP == EXP_SHIFTED or MAP == SOFTMAX:
-        top = tl.max(tl.where(inside, x, float("-inf")), 1)
-        x = tl.where(inside, tl.exp(x - tl.where(top == float("-inf"), 0.0, top)[:, None]), 0.0)
-        if MAP == SOFTMAX:
-            total = tl.sum(x, 1)
-            x = x / tl.where(total == 0.0, 1.0, total)[:, None]
-    if MAP != IDENTITY:
-        x = tl.where(inside, x, 0.0)
-    return x
-
-
-@triton.jit
-def derivative_product(p, y, MAP: tl.constexpr):
-    """phi'(x) y, given p = phi(x)."""
-    if MAP == ELU1:
-        y = tl.where(p < 1.0, p * y, y)
-    elif MAP == RELU:
-        y = tl.where(p > 0.0, y, 0.0)
-    elif MAP == RELU_EPS:
-        y = tl.where(p > EPS_OF_RELU, y, 0.0)
-    elif MAP == SIGMOID:
-        y = p * (1.0 - p) * y
-    elif MAP == EXP:
-        y = tl.where(p < tl.exp(tl.full([1, 1], LARGEST_EXPONENT, tl.float32)), p * y, 0.0)
-    elif MAP == EXP_SHIFTED:
-        y = p * y
-    elif MAP == SOFTMAX:
-        y = p * (y - tl.sum(p * y, 1)[:, None])
-    return y
-
-
-@triton.jit
-def _scalars(base, places, inside, h, HEADS: tl.constexpr):
-    """One number a token of contiguous (B, T, HEADS), or with HEADS = 1 of (B, T), in float32."""
-    return tl.load(base + places * HEADS + (h if HEADS > 1 else 0), mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr, MAP: tl.constexpr,
-             FACTOR_HEADS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Rows at `offsets` after phi and factor, as an operand of a product; 0 where not inside."""
-    within = inside[:, None] & (cols < WIDTH)[None, :]
-    x = tl.load(base + offsets[:, None] + cols[None, :], mask=within, other=0.0)
-    if MAP == IDENTITY and factor is None:
-        return x.to(tl.float32) if WIDE else x
-    y = phi(x, within, MAP)
-    if factor is not None:
-        y = y * _scalars(factor, places, inside, h, FACTOR_HEADS)[:, None]
-    return y if WIDE else y.to(x.dtype)
-
-
-@triton.jit
-def _log_decays(decay, row, offs, stride, length, STEP: tl.constexpr, LATE: tl.constexpr, EXACT: tl.constexpr):
-    """Log decays of a chunk, 0 past the end; LATE: those of the tokens before."""
-    index = row + offs - (1 if LATE else 0)
-    inside = (row + offs < length) & (row + offs >= 0) & (index >= 0)
-    g = tl.load(decay + index.to(tl.int64) * (STEP * stride), mask=inside, other=0.0).to(tl.float32)
-    g = tl.maximum(g, LOWEST_LOG_DECAY)
-    return g.to(tl.float64) if EXACT else g
-
-
-@triton.jit
-def _state_pointers(base, index, rows, cols, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
-    base += index.to(tl.int64) * (K * V)
-    if TRANSPOSED:
-        return base + cols[None, :] * K + rows[:, None]
-    return base + rows[:, None] * V + cols[None, :]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def linear_attention_kernel(
     a, b, c, input, out,  # rows (B, T, heads, K or V); out contiguous (B, T, HEADS, V)
     factor_a, factor_b, factor_c, out_factor,
-    decay, x, w, den, terms,  # contiguous (B, T, HEADS) but for decay; terms (slices, B, T, HEADS)
-    state, vector, final_state, final_vector, final_decay,  # (sequences or slots, HEADS, ...)
+    decay, x, w, den,  # contiguous (B, T, HEADS) but for decay
+    state, vector, final_state, final_vector,  # (sequences or slots, HEADS, ...)
     right_state, right_vector,  # (chunks, HEADS, ...): written FROM_RIGHT, read on BOTH_SIDES
     cu, sequences, tokens, segments, steps,
     stride_ab, stride_at, stride_ah, stride_bb, stride_bt, stride_bh, stride_cb, stride_ct, stride_ch,
@@ -130,38 +50,21 @@ def linear_attention_kernel(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     MAP_A: tl.constexpr, MAP_B: tl.constexpr, MAP_C: tl.constexpr, MAP_I: tl.constexpr,
     HEADS_FA: tl.constexpr, HEADS_FB: tl.constexpr, HEADS_FC: tl.constexpr,
-    VECTOR: tl.constexpr, WALKS: tl.constexpr, STEP: tl.constexpr, LATE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    SEGMENT: tl.constexpr, BY_SLOT: tl.constexpr, SCALED: tl.constexpr, NEGATIVE: tl.constexpr, SIDES: tl.constexpr,
+    VECTOR: tl.constexpr, WALKS: tl.constexpr, STEP: tl.constexpr, STEADY: tl.constexpr, TRANSPOSED: tl.constexpr,
+    SEGMENT: tl.constexpr, BY_SLOT: tl.constexpr, SCALED: tl.constexpr, SIDES: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """`segments` a dense sequence, or, packed, as many slots of SEGMENT tokens as `locate` needs; SEGMENT 0: whole
-    sequences. Reads the state of the sequence, BY_SLOT of the segment; writes the final one likewise."""
+    """Slots as in `place_of`. Reads the state of the sequence, BY_SLOT of the segment; writes the final one of whole
+    sequences."""
     slices: tl.constexpr = (V + BV - 1) // BV
+    exact: tl.constexpr = PRECISION == "tf32x3"
     program = tl.program_id(0)
     piece = program % slices
     h = program // slices % HEADS
     head = h.to(tl.int64)  # for offsets: heads can lie far apart
     slot = program // (slices * HEADS)
-    row = 0
-    start = 0
-    if cu is None:
-        sequence = slot // segments
-        length = tokens
-        if SEGMENT > 0:
-            row = slot % segments * SEGMENT
-        batch = sequence.to(tl.int64)
-        place = batch * tokens
-    else:
-        batch = tl.cast(0, tl.int64)
-        if SEGMENT > 0:
-            sequence, row, start, length = locate(slot, None, cu, sequences, tokens, steps, SEGMENT)
-            if (sequence == sequences) | (row >= length):
-                return
-        else:
-            sequence = slot
-            start = _bounded_start(cu, slot, tokens)
-            length = tl.maximum(_bounded_start(cu, slot + 1, tokens) - start, 0)
-        place = tl.cast(start, tl.int64)
+    sequence, batch, row, start, length = place_of(slot, cu, sequences, tokens, segments, steps, SEGMENT)
+    place = batch * tokens + start
     # Where the walk begins: step i of it is at token first + STEP * i.
     first = tl.cast(start, tl.int64)
     if STEP < 0:
@@ -170,6 +73,8 @@ def linear_attention_kernel(
     end = length
     if SEGMENT > 0:
         end = tl.minimum(row + SEGMENT, length)
+        if row >= length:
+            return
 
     chunks = tl.cdiv(length, CHUNK)
     first_chunk = sequence * chunks if cu is None else start // CHUNK + sequence
@@ -183,7 +88,7 @@ def linear_attention_kernel(
     s = tl.zeros([BK, BV], tl.float32)
     exists = (keys < K)[:, None] & (cols < V)[None, :]
     if state is not None:
-        s = tl.load(_state_pointers(state, state_index, keys, cols, K, V, TRANSPOSED), mask=exists, other=0.0)
+        s = tl.load(state_pointers(state, state_index, keys, cols, K, V, TRANSPOSED), mask=exists, other=0.0)
     z = tl.zeros([BK if VECTOR == SUM_OF_KEYS else BV], tl.float32)
     width_z: tl.constexpr = K if VECTOR == SUM_OF_KEYS else V
     place_z = keys if VECTOR == SUM_OF_KEYS else cols
@@ -191,6 +96,7 @@ def linear_attention_kernel(
         z = tl.load(vector + state_index.to(tl.int64) * width_z + place_z, mask=place_z < width_z, other=0.0)
     if decay is not None:
         decay += batch * stride_db + first * stride_dt + head * stride_dh
+        steady = steady_log_decay(decay, STEADY, exact)
     if out is not None:
         a += batch * stride_ab + first * stride_at + head // GROUP_A * stride_ah
         out += (place * HEADS + h) * V
@@ -199,7 +105,6 @@ def linear_attention_kernel(
         c += batch * stride_cb + first * stride_ct + head // GROUP_C * stride_ch
     if input is not None:
         input += batch * stride_ib + first * stride_it + head // GROUP_I * stride_ih
-    total_decay = 0.0
 
     for chunk in tl.range(row, end, CHUNK):
         inside = (chunk + offs < end) & (chunk + offs >= 0)
@@ -208,7 +113,7 @@ def linear_attention_kernel(
             right_index = number * HEADS + h
         if SIDES == FROM_RIGHT:
             tl.store(
-                _state_pointers(right_state, right_index, keys, cols, K, V, False), s.to(right_state.dtype.element_ty),
+                state_pointers(right_state, right_index, keys, cols, K, V, False), s.to(right_state.dtype.element_ty),
                 mask=exists,
             )  # fmt: skip
             if VECTOR == SUM_OF_PAIRS or (VECTOR == SUM_OF_KEYS and piece == 0):
@@ -216,26 +121,25 @@ def linear_attention_kernel(
         walked = (chunk + offs).to(tl.int64) * STEP
         places = place + walked
         if WALKS:
-            kb = _operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP_B, HEADS_FB, WIDE)
-            vb = _operand(c, factor_c, walked * stride_ct, places, inside, cols, h, V, MAP_C, HEADS_FC, WIDE)
+            kb = operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP_B, HEADS_FB, WIDE)
+            vb = operand(c, factor_c, walked * stride_ct, places, inside, cols, h, V, MAP_C, HEADS_FC, WIDE)
         if VECTOR == SUM_OF_PAIRS and WALKS:
             if w is not None:
-                ws = _scalars(w, places, inside, h, HEADS)
+                ws = scalars(w, places, inside, h, HEADS)
             else:
                 ws = tl.where(inside, 1.0, 0.0)
         if decay is not None:
-            g = _log_decays(decay, chunk, offs, stride_dt, length, STEP, LATE, PRECISION == "tf32x3")
-            running = tl.cumsum(g, 0)
-            total = tl.sum(g, 0)
+            g, running, remaining, total = log_decays(
+                decay, steady, chunk, offs, stride_dt, length, STEP, STEADY, exact, CHUNK
+            )
             before = tl.exp(running.to(tl.float32))
-            after = tl.exp((total - running).to(tl.float32))
-            total_decay += total.to(tl.float32)
+            after = tl.exp(remaining.to(tl.float32))
         if out is not None:
-            qb = _operand(a, factor_a, walked * stride_at, places, inside, keys, h, K, MAP_A, HEADS_FA, WIDE)
+            qb = operand(a, factor_a, walked * stride_at, places, inside, keys, h, K, MAP_A, HEADS_FA, WIDE)
             y = tl.dot(qb, s.to(qb.dtype), input_precision=PRECISION)
             if VECTOR == SUM_OF_PAIRS:
                 if x is not None:
-                    xs = _scalars(x, places, inside, h, HEADS)
+                    xs = scalars(x, places, inside, h, HEADS)
                 else:
                     xs = tl.where(inside, 1.0, 0.0)
                 y += xs[:, None] * z[None, :]
@@ -245,10 +149,7 @@ def linear_attention_kernel(
                 scores = tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
                 if VECTOR == SUM_OF_PAIRS:
                     scores += xs[:, None] * ws[None, :]
-                # No decay acts between a token and itself: kept out of `terms`, where it would cancel only on paper.
-                lower = offs[:, None] > offs[None, :] if terms is not None else offs[:, None] >= offs[None, :]
-                if terms is not None:
-                    diagonal = tl.sum(tl.where(offs[:, None] == offs[None, :], scores, 0.0), 1)
+                lower = offs[:, None] >= offs[None, :]
                 if SIDES == BOTH_SIDES:
                     # From the right a key comes by the decays from the query's own to the one before the key's.
                     late = running - g
@@ -256,9 +157,9 @@ def linear_attention_kernel(
                     scores *= tl.where(inside[None, :], tl.exp(apart.to(tl.float32)), 0.0)
                     y *= before[:, None]
                     right = tl.load(
-                        _state_pointers(right_state, right_index, keys, cols, K, V, False), mask=exists, other=0.0
+                        state_pointers(right_state, right_index, keys, cols, K, V, False), mask=exists, other=0.0
                     )
-                    from_right = tl.exp((total - late).to(tl.float32))
+                    from_right = tl.exp((remaining + g).to(tl.float32))
                     far = tl.dot(qb, right.to(qb.dtype), input_precision=PRECISION)
                     if VECTOR != NOTHING:
                         right_z = tl.load(
@@ -284,8 +185,6 @@ def linear_attention_kernel(
                     weights += tl.sum(scores, 1)
                 if SCALED:
                     scores *= value_scale
-                    if terms is not None:
-                        diagonal *= value_scale
                 y = tl.dot(scores.to(vb.dtype), vb, y, input_precision=PRECISION)
             factor = tl.full([CHUNK], 1.0, tl.float32) * scale
             if VECTOR == SUM_OF_KEYS:
@@ -294,20 +193,12 @@ def linear_attention_kernel(
                     tl.store(den + places * HEADS + h, weights, mask=inside)
                 factor /= weights
             if out_factor is not None:
-                factor *= _scalars(out_factor, places, inside, h, 1)
+                factor *= scalars(out_factor, places, inside, h, 1)
             y *= factor[:, None]
             within = inside[:, None] & (cols < V)[None, :]
             if input is not None:
                 raw = tl.load(input + (walked * stride_it)[:, None] + cols[None, :], mask=within, other=0.0)
-                p = phi(raw, within, MAP_I)
-                if terms is not None:
-                    dot = tl.sum(p * y, 1)
-                    every = tokens.to(tl.int64) * HEADS
-                    if cu is None:
-                        every *= sequences
-                    tl.store(terms + piece * every + places * HEADS + h, -dot if NEGATIVE else dot, mask=inside)
-                    y += (diagonal * factor)[:, None] * vb.to(tl.float32)
-                y = derivative_product(p, y, MAP_I)
+                y = derivative_product(phi(raw, within, MAP_I), y, MAP_I)
             tl.store(out + (walked * (HEADS * V))[:, None] + cols[None, :], y.to(out.dtype.element_ty), mask=within)
         if WALKS:
             if decay is not None:
@@ -327,15 +218,7 @@ def linear_attention_kernel(
             else:
                 s = tl.dot(tl.trans(kb), vb, s, input_precision=PRECISION)
 
-    if final_state is not None or final_vector is not None:
-        if LATE and decay is not None and not BY_SLOT:  # the last decay has not acted yet
-            last = tl.load(decay + (length - 1) * (STEP * stride_dt), mask=length > 0, other=0.0).to(tl.float32)
-            kept = tl.exp(tl.maximum(last, LOWEST_LOG_DECAY))
-            s *= kept
-            z *= kept
-        if final_state is not None:
-            tl.store(_state_pointers(final_state, state_index, keys, cols, K, V, TRANSPOSED), s, mask=exists)
-        if final_vector is not None and (VECTOR == SUM_OF_PAIRS or piece == 0):
-            tl.store(final_vector + state_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)
-        if final_decay is not None and piece == 0:
-            tl.store(final_decay + state_index, total_decay)
+    if final_state is not None:
+        tl.store(state_pointers(final_state, state_index, keys, cols, K, V, TRANSPOSED), s, mask=exists)
+    if final_vector is not None and (VECTOR == SUM_OF_PAIRS or piece == 0):
+        tl.store(final_vector + state_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)
