@@ -12,6 +12,8 @@ _PLAIN = 6  # options of the private ops before the score options: max_seqlen_q 
 _fwd, _bwd = op("varlen_attention_fwd"), op("varlen_attention_bwd")
 _fwd_disentangled, _bwd_disentangled = op("varlen_attention_disentangled_fwd"), op("varlen_attention_disentangled_bwd")
 _fwd_triton, _bwd_triton = op("varlen_attention_fwd_triton"), op("varlen_attention_bwd_triton")
+_fwd_disentangled_triton = op("varlen_attention_disentangled_fwd_triton")
+_bwd_disentangled_triton = op("varlen_attention_disentangled_bwd_triton")
 
 
 def varlen_attention(
@@ -211,10 +213,6 @@ def _reference(
         )  # fmt: skip
 
 
-def _refuse_disentangled(scores):
-    return "has no DisentangledBias" if len(scores) > 6 else None
-
-
 def _refuse_cpu(q, *rest):
     return _native.refuse_cpu(q)
 
@@ -256,7 +254,7 @@ def _bwd_cuda(dout, dlse, q, k, v, out, lse, cu_q, cu_k, tiles, max_q, max_k, *o
 
 
 def _refuse_triton(q, k, v, *rest):
-    reason = dispatch.refuse_triton(q) or _refuse_disentangled(rest[-1])
+    reason = dispatch.refuse_triton(q)
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
         reason = f"head width must be at most 256; got {max(q.shape[2], v.shape[2])}"
     if reason is None and q.dtype == torch.float64:
@@ -279,7 +277,10 @@ _TABLE = dispatch.Table(
     probe=_probe,
 )
 # What serves a DisentangledBias in the rows that do not refuse it.
-_DISENTANGLED = {"cpu": dispatch.Backend("cpu", _refuse_cpu, _fwd_disentangled, _bwd_disentangled)}
+_DISENTANGLED = {
+    "cpu": dispatch.Backend("cpu", _refuse_cpu, _fwd_disentangled, _bwd_disentangled),
+    "triton": dispatch.Backend("triton", _refuse_triton, _fwd_disentangled_triton, _bwd_disentangled_triton),
+}
 
 
 @fake("varlen_attention_disentangled_fwd")
