@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_scores import LOG2E, NO_SCORES, at_head, keep_mask, modify, score_arguments
+from .attention_scores import LOG2E, NO_SCORES, at_head, keep_mask, score_arguments
+from .disentangled_attention_blocks import position_scores
 from .disentangled_attention_configs import forward_config
 from .intervals import TILE, owned_tile, tile_interval, visible
 from .launch import Launcher, alignments
@@ -42,69 +43,6 @@ class Positions(NamedTuple):
 
 
 @triton.jit
-def distance_rows(
-    table, stride, first, lut, reach, table_rows, D: tl.constexpr, S: tl.constexpr, BD: tl.constexpr
-):  # fmt: skip
-    """Block (S, BD) of the table rows of the distances first .. first + S - 1."""
-    offs_d = tl.arange(0, BD)
-    distance = tl.minimum(tl.maximum(first + tl.arange(0, S), -reach), reach)
-    row = tl.load(lut + reach + distance).to(tl.int64)
-    row = tl.minimum(tl.maximum(row, 0), table_rows - 1)  # on a GPU nobody has checked the values
-    pointers = table + row[:, None] * stride + offs_d[None, :]
-    if D != BD:
-        return tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)
-    return tl.load(pointers)
-
-
-# Element (i, j) of a tile, at the distance base + j - i, takes row (j - i - 1) mod S of the block of S rows from distance
-# base - (S - 1) on, "near", if j <= i, else of the block from base + 1 on, "far".
-
-
-@triton.jit
-def turned(S: tl.constexpr):
-    """(S, S) with (j - i - 1) mod S at (i, j)."""
-    return (tl.arange(0, S)[None, :] - tl.arange(0, S)[:, None] - 1) & (S - 1)
-
-
-@triton.jit
-def near_of_queries(S: tl.constexpr):
-    """Where (query i, row y) of a block that merges both products has that of the near one."""
-    return tl.arange(0, S)[None, :] >= S - 1 - tl.arange(0, S)[:, None]
-
-
-@triton.jit
-def near_of_keys(S: tl.constexpr):
-    """The same of (row y, key j)."""
-    return tl.arange(0, S)[:, None] >= tl.arange(0, S)[None, :]
-
-
-@triton.jit
-def position_terms(
-    q, kb, base, scale, positions, h, reach, table_rows, D: tl.constexpr, S: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The bias of a tile (S, S) whose first query and key are `base` apart; float32 queries are scaled already."""
-    bias = tl.zeros([S, S], tl.float32)
-    near, far = base - (S - 1), base + 1
-    if positions.keys is not None:
-        keys = positions.keys + h * positions.keys_head
-        rows = distance_rows(keys, positions.keys_row, near, positions.lut, reach, table_rows, D, S, BD)
-        low = tl.dot(q, tl.trans(rows), input_precision=PRECISION)
-        rows = distance_rows(keys, positions.keys_row, far, positions.lut, reach, table_rows, D, S, BD)
-        high = tl.dot(q, tl.trans(rows), input_precision=PRECISION)
-        bias += tl.gather(tl.where(near_of_queries(S), low, high), turned(S), 1)
-    if positions.queries is not None:
-        queries = positions.queries + h * positions.queries_head
-        rows = distance_rows(queries, positions.queries_row, near, positions.lut, reach, table_rows, D, S, BD)
-        low = tl.dot(rows, tl.trans(kb), input_precision=PRECISION)
-        rows = distance_rows(queries, positions.queries_row, far, positions.lut, reach, table_rows, D, S, BD)
-        high = tl.dot(rows, tl.trans(kb), input_precision=PRECISION)
-        term = tl.gather(tl.where(near_of_keys(S), low, high), turned(S), 0)
-        bias += term * scale if PRECISION == "tf32x3" else term
-    return bias if PRECISION == "tf32x3" else bias * scale
-
-
-@triton.jit
 def _fwd_keys(
     acc, top, total, q, k, v, stride_k, stride_v, begin, end, row, length, shift, left, right, scale, scores, head,
     positions, h, reach, table_rows,
@@ -115,11 +53,11 @@ def _fwd_keys(
     offs, offs_d, offs_dv = tl.arange(0, S), tl.arange(0, BD), tl.arange(0, BDV)
     for key in tl.range(begin, end, S):
         kb = load_rows(k, key, stride_k, length, offs, offs_d, D, BD, MASKED)
-        s = tl.dot(q, tl.trans(kb), input_precision=PRECISION)
-        rows, keys = (row + offs)[:, None], (key + offs)[None, :]
-        s, _ = modify(s, rows, keys, shift, scores, head)
-        s += position_terms(q, kb, key - row - shift, scale, positions, h, reach, table_rows, D, S, BD, PRECISION)
+        s, _ = position_scores(
+            q, kb, row, key, key, shift, scale, scores, head, positions, h, reach, table_rows, D, S, BD, PRECISION
+        )  # fmt: skip
         if MASKED:
+            rows, keys = (row + offs)[:, None], (key + offs)[None, :]
             s = tl.where(visible(rows, keys, length, shift, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)

@@ -14,3 +14,9 @@ def forward_config(dtype, width):
 
 def backward_config(dtype, width):
     return forward_config(dtype, width)
+
+
+def tables_config(dtype, width):
+    if dtype == torch.float32:
+        return (32, 4, 1) if width <= 64 else (16, 4, 1)
+    return (32, 4, 1) if width <= 128 else (16, 4, 1)
