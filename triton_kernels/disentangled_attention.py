@@ -4,11 +4,11 @@ A tile has S queries and S keys, whose 2 S - 1 distances take 2 S rows of each t
 product of the query tile with these rows, which stands along the diagonals: row i must be turned by i columns to meet
 the keys. Of 2 S columns each row uses S in a run, so two products of S columns merge into one square block before it is
 rotated (tl.gather, one shuffle for each 32 columns). k_j . PQ[lut[j - i]] is the same with columns for rows. That is 4
-products of a tile more than the 2 of plain attention, on tensor cores that wait for softmax anyway; the tables are read
-from the L2 cache, sums stay in float32 and no memory is needed.
+products of a tile more than the 2 of plain attention, on tensor cores that wait for softmax anyway; the tables are
+read from the L2 cache, sums stay in float32 and no memory is needed.
 
 The other way, q PK^T and k PQ^T for all rows of the tables in advance and a lookup for each score, writes and reads
-2 T H rows numbers, twice: 480 MB in float32 for 4900 tokens of DeBERTa v3 base (12 heads, 512 rows), 150 us of an H100's
+2 T H rows numbers: 480 MB in float32 for 4900 tokens of DeBERTa v3 base (12 heads, 512 rows), 150 us of an H100's
 memory, more than the whole kernel should take; and 16-bit terms would cost the LSE its precision.
 """
 

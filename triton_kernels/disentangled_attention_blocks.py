@@ -23,8 +23,8 @@ def distance_rows(
     return tl.load(pointers)
 
 
-# Element (i, j) of a tile, at the distance base + j - i, takes row (j - i - 1) mod S of the block of S rows from distance
-# base - (S - 1) on, "near", if j <= i, else of the block from base + 1 on, "far".
+# Element (i, j) of a tile, at the distance base + j - i, takes row (j - i - 1) mod S of a block of S table rows: that
+# from the distance base - (S - 1) on, "near", if j <= i, else that from base + 1 on, "far".
 
 
 @triton.jit
@@ -47,28 +47,47 @@ def near_of_keys(S: tl.constexpr):
 
 
 @triton.jit
-def _add_terms(
-    sums, q, kb, moving, base, scale, positions, h, reach, table_rows, D: tl.constexpr, S: tl.constexpr, BD: tl.constexpr,
+def _keys_term(
+    q, moving, base, positions, h, reach, table_rows, D: tl.constexpr, S: tl.constexpr, BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums (S, S) plus the products with both tables; `scale` is what the queries of float32 are scaled with already."""
-    near, far = base - (S - 1), base + 1
+    """q_i . position_keys (S, S)."""
+    keys = positions.keys + h * positions.keys_head
+    rows = distance_rows(keys, positions.keys_row, base - (S - 1), positions.lut, reach, table_rows, D, S, BD)
+    near = tl.dot(q, tl.trans(rows), input_precision=PRECISION)
+    rows = distance_rows(keys, positions.keys_row, base + 1, positions.lut, reach, table_rows, D, S, BD)
+    far = tl.dot(q, tl.trans(rows), input_precision=PRECISION)
+    return tl.gather(tl.where(near_of_queries(S), near, far), turned(moving, S), 1)
+
+
+@triton.jit
+def _queries_term(
+    kb, moving, base, positions, h, reach, table_rows, D: tl.constexpr, S: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """k_j . position_queries (S, S)."""
+    queries = positions.queries + h * positions.queries_head
+    rows = distance_rows(queries, positions.queries_row, base - (S - 1), positions.lut, reach, table_rows, D, S, BD)
+    near = tl.dot(rows, tl.trans(kb), input_precision=PRECISION)
+    rows = distance_rows(queries, positions.queries_row, base + 1, positions.lut, reach, table_rows, D, S, BD)
+    far = tl.dot(rows, tl.trans(kb), input_precision=PRECISION)
+    return tl.gather(tl.where(near_of_keys(S), near, far), turned(moving, S), 0)
+
+
+@triton.jit
+def _terms(
+    q, kb, moving, base, scale, positions, h, reach, table_rows, D: tl.constexpr, S: tl.constexpr, BD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum of the terms that there are, in the units of q . k."""
+    if positions.queries is None:
+        return _keys_term(q, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
+    term = _queries_term(kb, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
+    if PRECISION == "tf32x3":  # the queries of float32 are scaled already
+        term *= scale
     if positions.keys is not None:
-        keys = positions.keys + h * positions.keys_head
-        rows = distance_rows(keys, positions.keys_row, near, positions.lut, reach, table_rows, D, S, BD)
-        low = tl.dot(q, tl.trans(rows), input_precision=PRECISION)
-        rows = distance_rows(keys, positions.keys_row, far, positions.lut, reach, table_rows, D, S, BD)
-        high = tl.dot(q, tl.trans(rows), input_precision=PRECISION)
-        sums += tl.gather(tl.where(near_of_queries(S), low, high), turned(moving, S), 1)
-    if positions.queries is not None:
-        queries = positions.queries + h * positions.queries_head
-        rows = distance_rows(queries, positions.queries_row, near, positions.lut, reach, table_rows, D, S, BD)
-        low = tl.dot(rows, tl.trans(kb), input_precision=PRECISION)
-        rows = distance_rows(queries, positions.queries_row, far, positions.lut, reach, table_rows, D, S, BD)
-        high = tl.dot(rows, tl.trans(kb), input_precision=PRECISION)
-        term = tl.gather(tl.where(near_of_keys(S), low, high), turned(moving, S), 0)
-        sums += term * scale if PRECISION == "tf32x3" else term
-    return sums
+        term += _keys_term(q, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
+    return term
 
 
 @triton.jit
@@ -78,15 +97,14 @@ def position_scores(
 ):  # fmt: skip
     """modify()'s (scores, t) of a tile of S queries from `row` on and S keys from `key` on, the bias among them.
 
-    moving: whichever of `row` and `key` changes in the caller's loop, or another multiple of S that does."""
-    s = tl.dot(q, tl.trans(kb), input_precision=PRECISION)
-    rows, keys, base = (row + tl.arange(0, S))[:, None], (key + tl.arange(0, S))[None, :], key - row - shift
+    moving: whichever of `row` and `key` changes in the caller's loop, or another multiple of S that does.
+    """
+    rows, keys = (row + tl.arange(0, S))[:, None], (key + tl.arange(0, S))[None, :]
+    terms = _terms(q, kb, moving, key - row - shift, scale, positions, h, reach, table_rows, D, S, BD, PRECISION)
     if scores.softcap is None:
-        s = _add_terms(s, q, kb, moving, base, scale, positions, h, reach, table_rows, D, S, BD, PRECISION)
-        return modify(s, rows, keys, shift, scores, head)
-    s, t = modify(s, rows, keys, shift, scores, head)
-    terms = tl.zeros([S, S], tl.float32)
-    terms = _add_terms(terms, q, kb, moving, base, scale, positions, h, reach, table_rows, D, S, BD, PRECISION)
+        products = tl.dot(q, tl.trans(kb), terms, input_precision=PRECISION)
+        return modify(products, rows, keys, shift, scores, head)
+    s, t = modify(tl.dot(q, tl.trans(kb), input_precision=PRECISION), rows, keys, shift, scores, head)
     return s + terms * scores.scale, t
 
 
@@ -129,5 +147,3 @@ def tile_gradients(
         dropped = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * scores.kept, 0.0)
     return p, dropped, dp, t
-
-

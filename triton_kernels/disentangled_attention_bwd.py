@@ -1,8 +1,8 @@
 """Padding-free attention with a disentangled bias, backward: dQ by query tile, dK and dV by key tile, and the gradients
 of the tables (disentangled_tables_gradient.py). No atomics: every gradient element has one owner.
 
-dS = P * (dP - delta) is the gradient of the scores. The gradient of a product of tile and table rows is dS with its rows
-(columns, for the products with keys) turned back upright, and so multiplies the same rows.
+dS = P * (dP - delta) is the gradient of the scores. The gradient of a product of tile and table rows is dS with its
+rows (columns, for the products with keys) turned back upright, and so multiplies the same rows.
 """
 
 import torch

@@ -122,9 +122,10 @@ def _add_rows(sums, parts, mine, x, slot, h, HEADS: tl.constexpr, D: tl.constexp
 
 @triton.jit(do_not_specialize=("reach", "table_rows", "diagonals", "splits"))
 def disentangled_tables_rows_kernel(
+    lut,  # (2 * reach + 1,)
     key_parts, query_parts,  # (splits, diagonals, H, 2 S, D)
     dkeys, dqueries,  # (table_rows, H, D)
-    lut, reach, table_rows, diagonals, splits, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, X: tl.constexpr,
+    reach, table_rows, diagonals, splits, HEADS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """One program owns one row of the tables and one head; X is 2 S."""
     r, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
@@ -163,7 +164,7 @@ def tables_gradient(tables, tensors, offsets, sizes, strides, values, key, fixed
     size = config[0]
     diagonals = 2 * triton.cdiv(reach + size - 1, size) + 1
     # No more programs for a diagonal than leave each some tiles.
-    splits = max(1, min(PROGRAMS // (heads * diagonals), (total_k // size + batch) // 8))
+    splits = max(1, min(PROGRAMS // (heads * diagonals), (total_k // size + batch) // 4))
     sequence_splits = max(1, min(splits, batch))
     tile_splits = splits // sequence_splits
     splits = sequence_splits * tile_splits
@@ -180,7 +181,7 @@ def tables_gradient(tables, tensors, offsets, sizes, strides, values, key, fixed
     _rows(
         table_rows * heads,
         (*(x is None for x in parts), lut.dtype, alignments(lut)),
-        (*parts, *sums, lut, reach, table_rows, diagonals, splits),
+        (lut, *parts, *sums, reach, table_rows, diagonals, splits),
         (heads, width, fixed[4], 2 * size),
         (4, 1),
     )

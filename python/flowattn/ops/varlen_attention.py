@@ -50,7 +50,8 @@ def varlen_attention(
         s = Lk - Lq (causal_align="bottom_right") or 0 ("top_left").
     softcap > 0: scores become softcap * tanh(score / softcap), before any bias is added.
     alibi_slopes: float32 (H,) or (B, H): adds -slope * |i + s - j|. No gradient.
-    bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, a DisentangledBias, or dense
+    bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, a DisentangledBias (Triton
+        rounds its tables to the dtype of q), or dense
         (H, S, S) or (B, H, S, S), any strides, S at least the longest sequence (Triton takes what is missing as 0). B
         or H of size 1 is broadcast and its gradient summed in place; that of a tensor expanded beforehand has the
         expanded size.
@@ -67,7 +68,8 @@ def varlen_attention(
     Gradients: q, k, v, bias. No host sync except in the reference.
     Cost: 2 H (D + Dv) FLOPs a visible pair forward, 2.5 times that backward; memory O(T), and for the gradient of
         a dense bias its size in float32. Each table of a DisentangledBias adds 2 H D to 4 H D FLOPs a pair forward,
-        three times that backward, where on the CPU up to 8 float32 copies of it are summed.
+        three times that backward, where on the CPU up to 8 float32 copies of it are summed; on a GPU 4 H D, five
+        times that backward, and float32 partial sums of 4 reach H D numbers, several of them where H reach is small.
     Source: FlashAttention-2 (Dao 2023), Algorithms 1 and 2; ByteTransformer (Zhai et al. 2023) for the packed layout.
 
     >>> q = torch.randn(5, 2, 8)
