@@ -80,13 +80,14 @@ def _terms(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum of the terms that there are, in the units of q . k."""
-    if positions.queries is None:
-        return _keys_term(q, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
-    term = _queries_term(kb, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
-    if PRECISION == "tf32x3":  # the queries of float32 are scaled already
-        term *= scale
-    if positions.keys is not None:
-        term += _keys_term(q, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
+    if positions.queries is not None:
+        term = _queries_term(kb, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
+        if PRECISION == "tf32x3":  # the queries of float32 are scaled already
+            term *= scale
+        if positions.keys is not None:
+            term += _keys_term(q, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
+    else:
+        term = _keys_term(q, moving, base, positions, h, reach, table_rows, D, S, BD, PRECISION)
     return term
 
 
@@ -103,9 +104,11 @@ def position_scores(
     terms = _terms(q, kb, moving, key - row - shift, scale, positions, h, reach, table_rows, D, S, BD, PRECISION)
     if scores.softcap is None:
         products = tl.dot(q, tl.trans(kb), terms, input_precision=PRECISION)
-        return modify(products, rows, keys, shift, scores, head)
-    s, t = modify(tl.dot(q, tl.trans(kb), input_precision=PRECISION), rows, keys, shift, scores, head)
-    return s + terms * scores.scale, t
+        s, t = modify(products, rows, keys, shift, scores, head)
+    else:
+        s, t = modify(tl.dot(q, tl.trans(kb), input_precision=PRECISION), rows, keys, shift, scores, head)
+        s += terms * scores.scale
+    return s, t
 
 
 @triton.jit
