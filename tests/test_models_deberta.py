@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_models_bert import MASKS, TINY, TOLERANCE, build, inputs, philox_dropout, same
 
+import flowattn as fa
+from flowattn.models import _layers
 from flowattn.models.bert import PaddingFreeEncoder
 from flowattn.ops.attention_scores import deberta_lut
 
@@ -140,6 +142,38 @@ def test_attention_dropout_in_training(name, monkeypatch):
     same(results[0][0], results[1][0], real)
     for ours, theirs in zip(*(result[1:] for result in results)):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("v1", "v3"))
+def test_attention_in_triton(name, device, monkeypatch):
+    """Output and gradients through the GPU's attention kernels, on a CPU in the interpreter."""
+
+    def in_triton(*args, **options):
+        with fa.use_backend("triton"):
+            return fa.varlen_attention(*args, **options)
+
+    monkeypatch.setattr(_layers, "varlen_attention", in_triton)
+    model = make(name).to(device)
+    ids, mask, real = (x.to(device) for x in inputs(MASKS["right"]))
+    ours, theirs = PaddingFreeEncoder.from_hf(model)(ids, mask)[0], model(ids, attention_mask=mask)[0]
+    atol = TOLERANCE if device == "cpu" else 1e-3  # torch's own products may be in tf32
+    torch.testing.assert_close(ours[real], theirs[real], atol=atol, rtol=0)
+    weights, parameters = torch.randn_like(ours), list(model.encoder.parameters())
+    pairs = [torch.autograd.grad((out * weights)[real].sum(), parameters) for out in (ours, theirs)]
+    for a, b in zip(*pairs):
+        torch.testing.assert_close(a, b, atol=10 * atol, rtol=10 * atol)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("v1", "v3"))
+def test_captured_forward_is_the_eager_one(name):
+    encoder = PaddingFreeEncoder.from_hf(make(name).cuda())
+    captured = encoder.capture(3, 7, capacity=16)
+    for mask in ("right", "left"):
+        ids, mask, _ = (x.cuda() for x in inputs(MASKS[mask]))
+        with torch.no_grad():
+            ours, eager = captured(ids, mask), encoder(ids, mask)
+        torch.testing.assert_close(ours.last_hidden_state, eager.last_hidden_state, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("buckets, most", [(4, 8), (256, 512), (32, 40), (2, 9)])

@@ -136,6 +136,8 @@ TRITON_OPS = {
     "axial_attention_qkvpacked_bwd": "axial_attention",
     "grid_retention_fwd": "grid_retention",
     "varlen_attention_bwd": "varlen_attention_bwd",
+    "varlen_attention_disentangled_fwd": "disentangled_attention",
+    "varlen_attention_disentangled_bwd": "disentangled_attention_bwd",
 }  # fmt: skip
 
 _LIB = torch.library.Library("flowattn", "DEF")

@@ -150,6 +150,8 @@ def _disentangled(op, q, bias):
     if not given:
         checks.fail(op, "bias must have position_keys or position_queries", "neither")
     rows = given[0][1].shape[0]
+    if rows == 0:
+        checks.fail(op, f"{given[0][0]} must have rows", tuple(given[0][1].shape))
     for name, table in given:
         if table.shape != (rows, *q.shape[1:]):
             checks.fail(op, f"{name} must have shape {(rows, *q.shape[1:])}, (rows, H, D)", tuple(table.shape))

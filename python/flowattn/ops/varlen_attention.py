@@ -12,6 +12,8 @@ _PLAIN = 6  # options of the private ops before the score options: max_seqlen_q 
 _fwd, _bwd = op("varlen_attention_fwd"), op("varlen_attention_bwd")
 _fwd_disentangled, _bwd_disentangled = op("varlen_attention_disentangled_fwd"), op("varlen_attention_disentangled_bwd")
 _fwd_triton, _bwd_triton = op("varlen_attention_fwd_triton"), op("varlen_attention_bwd_triton")
+_fwd_disentangled_triton = op("varlen_attention_disentangled_fwd_triton")
+_bwd_disentangled_triton = op("varlen_attention_disentangled_bwd_triton")
 
 
 def varlen_attention(
@@ -48,7 +50,8 @@ def varlen_attention(
         s = Lk - Lq (causal_align="bottom_right") or 0 ("top_left").
     softcap > 0: scores become softcap * tanh(score / softcap), before any bias is added.
     alibi_slopes: float32 (H,) or (B, H): adds -slope * |i + s - j|. No gradient.
-    bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, a DisentangledBias, or dense
+    bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, a DisentangledBias (Triton
+        rounds its tables to the dtype of q), or dense
         (H, S, S) or (B, H, S, S), any strides, S at least the longest sequence (Triton takes what is missing as 0). B
         or H of size 1 is broadcast and its gradient summed in place; that of a tensor expanded beforehand has the
         expanded size.
@@ -65,7 +68,8 @@ def varlen_attention(
     Gradients: q, k, v, bias. No host sync except in the reference.
     Cost: 2 H (D + Dv) FLOPs a visible pair forward, 2.5 times that backward; memory O(T), and for the gradient of
         a dense bias its size in float32. Each table of a DisentangledBias adds 2 H D to 4 H D FLOPs a pair forward,
-        three times that backward, where on the CPU up to 8 float32 copies of it are summed.
+        three times that backward, where on the CPU up to 8 float32 copies of it are summed; on a GPU 4 H D, five
+        times that backward, and float32 partial sums of 4 reach H D numbers, several of them where H reach is small.
     Source: FlashAttention-2 (Dao 2023), Algorithms 1 and 2; ByteTransformer (Zhai et al. 2023) for the packed layout.
 
     >>> q = torch.randn(5, 2, 8)
@@ -211,10 +215,6 @@ def _reference(
         )  # fmt: skip
 
 
-def _refuse_disentangled(scores):
-    return "has no DisentangledBias" if len(scores) > 6 else None
-
-
 def _refuse_cpu(q, *rest):
     return _native.refuse_cpu(q)
 
@@ -242,7 +242,7 @@ def _fits_chunks(x):
 
 
 def _refuse_triton(q, k, v, *rest):
-    reason = dispatch.refuse_triton(q) or _refuse_disentangled(rest[-1])
+    reason = dispatch.refuse_triton(q)
     if reason is None and max(q.shape[2], v.shape[2]) > 256:
         reason = f"head width must be at most 256; got {max(q.shape[2], v.shape[2])}"
     if reason is None and q.dtype == torch.float64:
@@ -265,7 +265,10 @@ _TABLE = dispatch.Table(
     probe=_probe,
 )
 # What serves a DisentangledBias in the rows that do not refuse it.
-_DISENTANGLED = {"cpu": dispatch.Backend("cpu", _refuse_cpu, _fwd_disentangled, _bwd_disentangled)}
+_DISENTANGLED = {
+    "cpu": dispatch.Backend("cpu", _refuse_cpu, _fwd_disentangled, _bwd_disentangled),
+    "triton": dispatch.Backend("triton", _refuse_triton, _fwd_disentangled_triton, _bwd_disentangled_triton),
+}
 
 
 @fake("varlen_attention_disentangled_fwd")
