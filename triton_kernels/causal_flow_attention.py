@@ -339,11 +339,11 @@ def causal_flow_attention_fwd(q, k, v, mask, cu, sums, total, count, state, relu
     sums_final = flows.new_empty((states, heads, 4, width))
     total_final, state_final = flows.new_empty((states, heads)), flows.new_empty((states, heads, width, width_v))
     strides = (*time_strides(q, k, v), *mask_strides(mask))
-    config = causal_config(q.dtype, max(width, width_v))
+    config = causal_config(q.dtype, widths(q, v)[2:])
     if states * heads:
         _fwd(
             states * heads,
-            launch_key(q, strides, q, k, v, mask, cu, sums, total, count, state),
+            launch_key(strides, q, k, v, mask, cu, sums, total, count, state),
             (
                 q, k, v, y, flows, mask, cu, sums, total, count, state, sums_final, total_final, state_final,
                 length, length, batch, min(clamp, CAUSAL_LIMIT), eps, extra, *strides,
@@ -367,7 +367,7 @@ def causal_flow_attention_bwd(
     dstate0 = flows.new_empty((kept_states, heads, width, width_v))
     if states * heads == 0:
         return dq, dk, dv, dsums0, dtotal0, dstate0
-    config = causal_config(q.dtype, max(width, width_v))
+    config = causal_config(q.dtype, widths(q, v)[2:])
     tiles = max(1, triton.cdiv(length, config[0]))  # of the longest sequence possible
     through = flows.new_empty((batch, heads, length))
     before = flows.new_empty((states, heads, tiles, 4, width))
@@ -377,7 +377,7 @@ def causal_flow_attention_bwd(
     constants = _constants(q, k, v, relu)
     _bwd_query(
         states * heads,
-        launch_key(q, strides, q, k, v, dy, mask, cu, sums, count, state),
+        launch_key(strides, q, k, v, dy, mask, cu, sums, count, state),
         (
             q, k, v, dy, dq, flows, through, before, seen_at, mask, cu, sums, count, state,
             length, length, batch, tiles, clamp, *strides,
@@ -388,7 +388,7 @@ def causal_flow_attention_bwd(
     initial = (None,) * 3 if sums is None else (dsums0, dtotal0, dstate0)
     _bwd(
         states * heads,
-        launch_key(q, strides, q, k, v, dy, mask, cu, dsums, dtotal, dstate, *initial),
+        launch_key(strides, q, k, v, dy, mask, cu, dsums, dtotal, dstate, *initial),
         (
             q, k, v, dy, dq, dk, dv, flows, through, before, seen_at, mask, cu, dsums, dtotal, dstate, *initial,
             length, length, batch, tiles, clamp, eps, *strides,

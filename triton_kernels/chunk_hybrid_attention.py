@@ -10,7 +10,18 @@ import triton
 import triton.language as tl
 
 from .flow_attention_configs import hybrid_config
-from .flow_features import launch_key, load_state, load_tile, precision, sigmoid, store_state, store_tile, widths
+from .flow_features import (
+    dot_state,
+    launch_key,
+    load_state,
+    load_tile,
+    narrow,
+    precision,
+    sigmoid,
+    store_state,
+    store_tile,
+    widths,
+)
 from .flow_features import time_strides as strides_of
 from .launch import Launcher
 
@@ -57,12 +68,12 @@ def chunk_hybrid_attention_state_kernel(
             g = tl.where(inside, _log_sigmoid(raw) / 16.0, 0.0)
             tl.store(decays + index * length + first + rows, tl.exp(total + tl.cumsum(g, 0)), mask=inside)
             total += tl.sum(g, 0)
-            keys = load_tile(k_base, stride_kt, rows, cols, inside, D) * scale
-            values = load_tile(v_base, stride_vt, rows, cols_v, inside, M)
+            keys = narrow(load_tile(k_base, stride_kt, rows, cols, inside, D), k)
+            values = narrow(load_tile(v_base, stride_vt, rows, cols_v, inside, M), k)
             update = tl.dot(tl.trans(keys), values, update, input_precision=PRECISION)
         left = tl.exp(total / chunk)
         tl.store(kept_of + index * images + image, left)
-        state = state * left + update
+        state = state * left + update * scale
     if final is not None:
         store_state(final + index * D * M, cols, cols_v, state, D, M)
 
@@ -106,7 +117,7 @@ def chunk_hybrid_attention_fwd_kernel(
     acc /= total[:, None]
     decay = tl.load(decays + head * length + first + rows, mask=inside, other=0.0)
     state = load_state(states + index * D * M, cols, cols_v, D, M)
-    acc = tl.dot(queries * decay[:, None], state, acc, input_precision=PRECISION)
+    acc += dot_state(narrow(queries, q), state, q, PRECISION) * decay[:, None]
     o += ((tl.cast(b, tl.int64) * length + first) * HEADS + h) * M
     store_tile(o, HEADS * M, rows, cols_v, inside, acc, M)
     tl.store(lse + head * length + first + rows, top + tl.log(total), mask=inside)
@@ -138,8 +149,8 @@ def chunk_hybrid_attention_dstate_kernel(
             rows = begin + offs
             inside = rows < chunk
             decay = tl.load(decays + index * length + first + rows, mask=inside, other=0.0)
-            queries = load_tile(q_base, stride_qt, rows, cols, inside, D) * decay[:, None]
-            grads = load_tile(do_base, stride_ot, rows, cols_v, inside, M)
+            queries = narrow(load_tile(q_base, stride_qt, rows, cols, inside, D) * decay[:, None], q)
+            grads = narrow(load_tile(do_base, stride_ot, rows, cols_v, inside, M), q)
             d_state = tl.dot(tl.trans(queries), grads, d_state, input_precision=PRECISION)
     if dinitial is not None:
         store_state(dinitial + index * D * M, cols, cols_v, d_state, D, M)
@@ -192,7 +203,7 @@ def chunk_hybrid_attention_bwd_dq_kernel(
         acc = tl.dot(ds.to(dtype), keys, acc, input_precision=PRECISION)
     decay = tl.load(decays + per_token + rows, mask=inside, other=0.0)
     state = load_state(states + index * D * M, cols, cols_v, D, M)
-    cross = tl.dot(grads, tl.trans(state), input_precision=PRECISION) * decay[:, None]
+    cross = dot_state(narrow(grads, q), tl.trans(state), q, PRECISION) * decay[:, None]
     dq += ((tl.cast(b, tl.int64) * length + first) * HEADS + h) * D
     store_tile(dq, HEADS * D, rows, cols, inside, acc * scale + cross, D)
     tl.store(delta_of + per_token + rows, delta, mask=inside)
@@ -227,8 +238,8 @@ def chunk_hybrid_attention_bwd_dkv_kernel(
     )  # fmt: skip
     per_token = head * length + first
     d_state = load_state(dstates + index * D * M, cols, cols_v, D, M)
-    dk_acc = tl.dot(values, tl.trans(d_state), input_precision=PRECISION)
-    dv_acc = tl.dot(keys * scale, d_state, input_precision=PRECISION)
+    dk_acc = dot_state(narrow(values, q), tl.trans(d_state), q, PRECISION)
+    dv_acc = dot_state(narrow(keys, q), d_state, q, PRECISION) * scale
     for begin in range(0, chunk, TILE):
         queries_at = begin + offs
         here = queries_at < chunk
@@ -288,7 +299,7 @@ class _Call:
         self.batch, self.length, self.heads, self.width = q.shape
         self.width_v, self.chunk, self.scale = v.shape[3], chunk, q.shape[3] ** -0.5
         self.images, self.programs = self.length // chunk, self.batch * self.heads
-        self.config = hybrid_config(q.dtype, max(self.width, self.width_v))
+        self.config = hybrid_config(q.dtype, widths(q, v)[2:])
         self.tiles = self.programs * self.images * triton.cdiv(chunk, self.config[0])
         self.constants = (self.heads, self.heads // k.shape[2], *widths(q, v), precision(q.dtype))
         self.sizes = (self.length, chunk)
@@ -304,7 +315,7 @@ class _Call:
         decays, kept = (states.new_empty((self.programs, n)) for n in (self.length, self.images))
         strides = strides_of(k, v, gate)
         _state(
-            self.programs, launch_key(k, strides, k, v, gate, state, final),
+            self.programs, launch_key(strides, k, v, gate, state, final),
             (k, v, gate, state, states, decays, kept, final, *self.sizes, self.scale, *strides),
             self.constants, self.config,
         )  # fmt: skip
@@ -321,7 +332,7 @@ def chunk_hybrid_attention_fwd(q, k, v, gate, state, chunk):
     if call.tiles:
         strides = strides_of(q, k, v)
         _fwd(
-            call.tiles, launch_key(q, strides, q, k, v),
+            call.tiles, launch_key(strides, q, k, v),
             (q, k, v, o, lse, states, decays, *call.sizes, call.scale, *strides), call.constants, call.config,
         )  # fmt: skip
     return o, lse, final
@@ -338,14 +349,14 @@ def chunk_hybrid_attention_bwd(do, dfinal, q, k, v, gate, state, lse, chunk):
     dstates = call.states(q)
     strides, dinitial = strides_of(q, do), None if state is None else dstate
     _dstate(
-        call.programs, launch_key(q, strides, q, do, dfinal, dinitial),
+        call.programs, launch_key(strides, q, do, dfinal, dinitial),
         (q, do, dfinal, dstates, decays, kept, dinitial, *call.sizes, *strides), call.constants, call.config,
     )  # fmt: skip
     if call.tiles == 0:
         return dq, dk, dv, dgate, dstate
     delta, along = torch.empty_like(lse), torch.empty_like(lse)
     strides = strides_of(q, k, v, do)
-    key = launch_key(q, strides, q, k, v, do)
+    key = launch_key(strides, q, k, v, do)
     _dq(
         call.tiles, key, (q, k, v, do, dq, lse, delta, along, states, decays, *call.sizes, call.scale, *strides),
         call.constants, call.config,
@@ -356,7 +367,7 @@ def chunk_hybrid_attention_bwd(do, dfinal, q, k, v, gate, state, lse, chunk):
     )  # fmt: skip
     strides = strides_of(gate)
     _dgate(
-        call.programs * call.images, launch_key(gate, strides, gate),
+        call.programs * call.images, launch_key(strides, gate),
         (gate, dgate, along, states, dstates, kept, *call.sizes, *strides),
         (call.heads, *widths(q, v)), call.config,
     )  # fmt: skip
