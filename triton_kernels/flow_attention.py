@@ -33,6 +33,7 @@ from .flow_features import (
     store_state,
     store_tile,
     time_strides,
+    total_of,
     widths,
 )
 from .launch import Launcher
@@ -46,17 +47,6 @@ def _part(split, splits, tokens, TILE: tl.constexpr):
     """Tokens begin..end of one part, in whole tiles."""
     size = tl.cdiv(tl.cdiv(tokens, splits), TILE) * TILE
     return tl.minimum(split * size, tokens), tl.minimum(split * size + size, tokens)
-
-
-@triton.jit
-def _total(parts, splits, stride, columns, WIDTH: tl.constexpr):
-    """The sum of one row over all parts."""
-    total, offs = tl.zeros(columns.shape, tl.float32), tl.arange(0, ROWS)
-    for first in range(0, splits, ROWS):
-        rows = first + offs
-        inside = (rows < splits)[:, None] & (columns < WIDTH)[None, :]
-        total += tl.sum(tl.load(parts + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0), 0)
-    return total
 
 
 @triton.jit
@@ -165,7 +155,7 @@ def flow_attention_fwd_kernel(
         count_q, count_k = _count(counts, splits), _count(counts + 1, splits)
         alone = (count_q == 0) | (count_k == 0)
     if STAGE == 0 or STAGE == 2:
-        q1, k1 = _total(firsts, splits, 2 * D, cols, D), _total(firsts + D, splits, 2 * D, cols, D)
+        q1, k1 = total_of(firsts, splits, 2 * D, cols, D), total_of(firsts + D, splits, 2 * D, cols, D)
         q2 = _first_flow(
             q, stride_qt, query_mask, stride_qmt, begin_q, end_q, cols, offs, k1, alone, eps_row, extra, flows_q,
             D, RELU, TILE,
@@ -182,7 +172,7 @@ def flow_attention_fwd_kernel(
             tl.store(at + D, q1, mask=cols < D)
         tl.debug_barrier()
     if STAGE == 0 or STAGE == 3:
-        q2 = _total(seconds, splits, 2 * D, cols, D)
+        q2 = total_of(seconds, splits, 2 * D, cols, D)
         top, total, total_lost = float("-inf"), 0.0, 0.0
         state = tl.zeros([BD, BM], tl.float32)
         for first in range(begin_k, end_k, TILE):
@@ -213,11 +203,11 @@ def flow_attention_fwd_kernel(
             store_state(states_own, cols, cols_v, state, D, M)
         tl.debug_barrier()
     if STAGE == 0 or STAGE == 4:
-        k2 = _total(seconds + D, splits, 2 * D, cols, D)
+        k2 = total_of(seconds + D, splits, 2 * D, cols, D)
         if split == 0:
             at = sums + index * 4 * D + 2 * D + cols
             tl.store(at, k2, mask=cols < D)
-            tl.store(at + D, _total(seconds, splits, 2 * D, cols, D), mask=cols < D)
+            tl.store(at + D, total_of(seconds, splits, 2 * D, cols, D), mask=cols < D)
         state = load_state(kv + index * D * M, cols, cols_v, D, M)
         ratio = count_q / tl.maximum(count_k, 1).to(tl.float32)
         for first in range(begin_q, end_q, TILE):
@@ -328,7 +318,7 @@ def flow_attention_bwd_kernel(
     if STAGE != 1 and STAGE != 3:
         dkv = load_state(dkv_of + index * D * M, cols, cols_v, D, M)
     if STAGE != 1:
-        dk2 = _total(firsts, splits, D, cols, D)
+        dk2 = total_of(firsts, splits, D, cols, D)
         log_total = tl.load(lse + index)
     if STAGE == 0 or STAGE == 2:
         g1 = tl.zeros([TILE, BD], tl.float32)
@@ -359,11 +349,11 @@ def flow_attention_bwd_kernel(
         tl.store(seconds_own + 3 * D, tl.sum(total_t, 0))
         tl.debug_barrier()
     if STAGE == 0 or STAGE == 3 or STAGE == 4:
-        mean_t = tl.sum(_total(seconds + 3 * D, splits, SECOND, cols, 1), 0)
+        mean_t = tl.sum(total_of(seconds + 3 * D, splits, SECOND, cols, 1), 0)
         mean_t /= tl.maximum(count_k, 1).to(tl.float32)
     if STAGE == 0 or STAGE == 3:
-        dq2 = _total(seconds, splits, SECOND, cols, D) - mean_t * _total(seconds + D, splits, SECOND, cols, D)
-        dq1 = _total(seconds + 2 * D, splits, SECOND, cols, D)
+        dq2 = total_of(seconds, splits, SECOND, cols, D) - mean_t * total_of(seconds + D, splits, SECOND, cols, D)
+        dq1 = total_of(seconds + 2 * D, splits, SECOND, cols, D)
         k1, k2 = load_row(sums, cols, D) + eps_row, load_row(sums + 2 * D, cols, D) + eps_row
         kv_tile = load_state(kv + index * D * M, cols, cols_v, D, M)
         dk1 = tl.zeros([TILE, BD], tl.float32)
@@ -382,13 +372,13 @@ def flow_attention_bwd_kernel(
             d = dot_state(grads, tl.trans(kv_tile), dy, PRECISION) * (sigmoid(conserved) * a)[:, None]
             d += d_conserved[:, None] * k2[None, :] + a[:, None] * dq2[None, :]
             d += d_in[:, None] * k1[None, :] + dq1[None, :]
-            d = tl.where(keep[:, None], d * slope(raw, f, RELU), 0.0)
+            d = tl.where(keep[:, None], d * slope(raw, RELU), 0.0)
             store_tile(dq, HEADS * D, rows, cols, inside, d, D)
             dk1 += d_in[:, None] * (f + eps_row[None, :])
         tl.store(thirds_own + cols, tl.sum(dk1, 0), mask=cols < D)
         tl.debug_barrier()
     if STAGE == 0 or STAGE == 4:
-        dk1 = _total(thirds, splits, D, cols, D)
+        dk1 = total_of(thirds, splits, D, cols, D)
         q1, q2 = load_row(sums + D, cols, D) + eps_row, load_row(sums + 3 * D, cols, D) + eps_row
         for first in range(begin_k, end_k, TILE):
             rows = first + offs
@@ -406,7 +396,7 @@ def flow_attention_bwd_kernel(
             d = tl.dot(values, tl.trans(narrow(dkv, v)), input_precision=PRECISION) * w[:, None]
             d += d_conserved[:, None] * q2[None, :] + b[:, None] * dk2[None, :]
             d += d_out[:, None] * q1[None, :] + dk1[None, :]
-            d = tl.where(keep[:, None], d * slope(raw, f, RELU), 0.0)
+            d = tl.where(keep[:, None], d * slope(raw, RELU), 0.0)
             store_tile(dk, HEADS * D, rows, cols, inside, d, D)
 
 

@@ -10,7 +10,9 @@ import triton
 
 PROGRAMS = 1056  # eight for each multiprocessor of an H100: phases that only stream
 STATE_PROGRAMS = 528  # four: phases that sum a D x M state, or write as much
+CAUSAL_PROGRAMS = 528  # a program first adds up the sums of all segments before its own
 SHORTEST_PART = 256  # tokens
+SHORTEST_CAUSAL = 128
 LONGEST_PART = 16384  # tokens: bounds the additions in one float32 accumulator
 SLICES = 8  # programs that add the partial states of one head
 
@@ -34,8 +36,16 @@ def flow_splits(heads, tokens):
     return tuple(max(least, min(triton.cdiv(n, max(heads, 1)), most)) for n in (PROGRAMS, STATE_PROGRAMS))
 
 
-def causal_config(dtype, blocks):
+def causal_config(dtype, blocks, direction, stage):
     return (_tile(dtype, blocks), 4, 1)
+
+
+def causal_segments(heads, tokens):
+    """Parts of one head in the causal form; 1: a single launch."""
+    if tokens <= SHORTEST_CAUSAL:
+        return 1
+    most, least = triton.cdiv(tokens, SHORTEST_CAUSAL), triton.cdiv(tokens, LONGEST_PART)
+    return max(least, min(triton.cdiv(CAUSAL_PROGRAMS, max(heads, 1)), most))
 
 
 def hybrid_config(dtype, blocks):

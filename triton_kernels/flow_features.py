@@ -77,9 +77,9 @@ def features(raw, keep, columns, WIDTH: tl.constexpr, RELU: tl.constexpr):
 
 
 @triton.jit
-def slope(raw, f, RELU: tl.constexpr):
-    """phi'(raw), given phi."""
-    return tl.where(raw > 0.0, 1.0, 0.0) if RELU else f * (1.0 - f)
+def slope(raw, RELU: tl.constexpr):
+    """phi'(raw)."""
+    return tl.where(raw > 0.0, 1.0, 0.0) if RELU else sigmoid(raw) * sigmoid(-raw)
 
 
 @triton.jit
@@ -105,6 +105,28 @@ def dot_state(x, state, base, PRECISION: tl.constexpr):
         return tl.dot(x, high, tl.dot(x, low))
     else:
         return tl.dot(x, state, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_rows(rows, x, base, PRECISION: tl.constexpr):
+    """rows @ x for an operand x, with the float32 rows kept to 16 bits of mantissa."""
+    if base.dtype.element_ty == tl.bfloat16:
+        high = rows.to(tl.bfloat16)
+        low = (rows - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(high, x, tl.dot(low, x))
+    else:
+        return tl.dot(rows, x, input_precision=PRECISION)
+
+
+@triton.jit
+def total_of(parts, count, stride, columns, WIDTH: tl.constexpr):
+    """The sum of the first `count` rows, WIDTH wide and `stride` apart, in an order that does not change."""
+    total, offs = tl.zeros(columns.shape, tl.float32), tl.arange(0, 32)
+    for first in range(0, count, 32):
+        rows = first + offs
+        inside = (rows < count)[:, None] & (columns < WIDTH)[None, :]
+        total += tl.sum(tl.load(parts + rows[:, None] * stride + columns[None, :], mask=inside, other=0.0), 0)
+    return total
 
 
 @triton.jit
