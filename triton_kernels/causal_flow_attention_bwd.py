@@ -93,7 +93,7 @@ def causal_flow_attention_bwd_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """STAGE 1..5 runs one pass, 0 all of them for the one segment of each head.
+    """STAGE 1..4 runs one pass, 5 and 6 the two walks of the last, 0 all of them for the one segment of each head.
 
     terms: planes of r, t, dP/n, dJ/n, dI, dO. before: as in the forward; after: sums of dI (q + eps), dO (k + eps),
     dJ/n (q + eps), dP/n (k + eps) from behind each tile to the end of its segment. firsts: K1, Q1, K2, Q2 of segments,
@@ -297,7 +297,7 @@ def causal_flow_attention_bwd_kernel(
         tl.store(fourths + segment * 2 * D + cols, gk1, mask=cols < D)
         tl.store(fourths + segment * 2 * D + D + cols, gq1, mask=cols < D)
         tl.debug_barrier()
-    if STAGE == 0 or STAGE == 5:
+    if STAGE == 0 or STAGE > 4:
         gk1 = total_of(fourths + (segment + 1) * 2 * D, behind_us, 2 * D, cols, D)
         gq1 = total_of(fourths + (segment + 1) * 2 * D + D, behind_us, 2 * D, cols, D)
         k1, q1 = total_of(firsts, segment, 4 * D, cols, D), total_of(firsts + D, segment, 4 * D, cols, D)
@@ -310,18 +310,19 @@ def causal_flow_attention_bwd_kernel(
             at = sums + index * 4 * D
             k1, q1 = k1 + load_row(at, cols, D), q1 + load_row(at + D, cols, D)
             k2, q2 = k2 + load_row(at + 2 * D, cols, D), q2 + load_row(at + 3 * D, cols, D)
-        if dsums0 is not None:
+        if dsums0 is not None and STAGE != 6:
             if segment == 0:
                 at, own, own_2 = dsums0 + index * 4 * D + cols, fourths, thirds
                 tl.store(at, gk1 + load_row(own, cols, D), mask=cols < D)
                 tl.store(at + D, gq1 + load_row(own + D, cols, D), mask=cols < D)
                 tl.store(at + 2 * D, gk2 + load_row(own_2, cols, D), mask=cols < D)
                 tl.store(at + 3 * D, gq2 + load_row(own_2 + D, cols, D), mask=cols < D)
-        seen, kv = seen_first, tl.zeros([BD, BM], tl.float32)
+    if STAGE == 0 or STAGE == 5:
+        seen, kv = seen_first, tl.zeros([BM, BD], tl.float32)  # transposed, as the product with dy reads it
         if STAGE == 5:
-            kv = load_state(states, cols, cols_v, D, M)
+            kv = tl.trans(load_state(states, cols, cols_v, D, M))
         elif state is not None:
-            kv = load_state(state + index * D * M, cols, cols_v, D, M)
+            kv = tl.trans(load_state(state + index * D * M, cols, cols_v, D, M))
         for first in range(begin, end, C):
             rows = first + offs
             inside = rows < end
@@ -341,7 +342,7 @@ def causal_flow_attention_bwd_kernel(
             coef = tl.dot(grads, tl.trans(narrow(values, v)), input_precision=PRECISION) * (z[:, None] * w[None, :])
             coef = tl.where(lower, coef + c[:, None] * (n / outgoing)[None, :] + d_in[:, None], 0.0)
             coef += tl.where(upper, a[:, None] * u[None, :] + d_out[None, :], 0.0)
-            d = dot_state(grads, tl.trans(kv), dy, PRECISION) * z[:, None] + dot_rows(coef, fk, k, PRECISION)
+            d = dot_state(grads, kv, dy, PRECISION) * z[:, None] + dot_rows(coef, fk, k, PRECISION)
             d += c[:, None] * (k2 + load_row(before + at + 2 * D, cols, D) + eps_row)[None, :]
             d += d_in[:, None] * (k1 + load_row(before + at, cols, D) + eps_row)[None, :]
             d += a[:, None] * (gq2 + load_row(after + at + 3 * D, cols, D))[None, :]
@@ -349,13 +350,14 @@ def causal_flow_attention_bwd_kernel(
             d += (a * tl.cumsum(u, 0, reverse=True) + tl.cumsum(d_out, 0, reverse=True))[:, None] * eps_row[None, :]
             d *= slope(raw, RELU)
             store_tile(dq, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
-            kv = tl.dot(tl.trans(fk), narrow(values * w[:, None], v), kv, input_precision=PRECISION)
+            kv = tl.dot(tl.trans(narrow(values * w[:, None], v)), fk, kv, input_precision=PRECISION)
             seen += _taken(mask, keep)
-        r_state = tl.zeros([BD, BM], tl.float32)
-        if STAGE == 5:
-            r_state = load_state(dstates, cols, cols_v, D, M)
+    if STAGE == 0 or STAGE == 6:
+        seen, r_state = seen_first + _segment_count(counts, segment), tl.zeros([BM, BD], tl.float32)  # transposed
+        if STAGE == 6:
+            r_state = tl.trans(load_state(dstates, cols, cols_v, D, M))
         elif dstate is not None:
-            r_state = load_state(dstate + index * D * M, cols, cols_v, D, M)
+            r_state = tl.trans(load_state(dstate + index * D * M, cols, cols_v, D, M))
         for step in range(0, steps):
             first = begin + (steps - 1 - step) * C
             rows = first + offs
@@ -377,7 +379,7 @@ def causal_flow_attention_bwd_kernel(
             coef = tl.dot(values, tl.trans(narrow(grads, dy)), input_precision=PRECISION) * (w[:, None] * z[None, :])
             coef = tl.where(upper, coef + b[:, None] * c[None, :] + d_in[None, :], 0.0)
             coef += tl.where(lower, u[:, None] * (n / incoming)[None, :] + d_out[:, None], 0.0)
-            d = dot_state(values, tl.trans(r_state), v, PRECISION) * w[:, None] + dot_rows(coef, fq, q, PRECISION)
+            d = dot_state(values, r_state, v, PRECISION) * w[:, None] + dot_rows(coef, fq, q, PRECISION)
             d += u[:, None] * (q2 + load_row(before + at + 3 * D, cols, D) + eps_row)[None, :]
             d += d_out[:, None] * (q1 + load_row(before + at + D, cols, D) + eps_row)[None, :]
             d += b[:, None] * (gk2 + load_row(after + at + 2 * D, cols, D))[None, :]
@@ -385,7 +387,7 @@ def causal_flow_attention_bwd_kernel(
             d += (b * tl.cumsum(c, 0, reverse=True) + tl.cumsum(d_in, 0, reverse=True))[:, None] * eps_row[None, :]
             d *= slope(raw, RELU)
             store_tile(dk, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
-            r_state = tl.dot(tl.trans(fq), narrow(grads * z[:, None], dy), r_state, input_precision=PRECISION)
+            r_state = tl.dot(tl.trans(narrow(grads * z[:, None], dy)), fq, r_state, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=("length", "total_rows", "segments"))
@@ -449,7 +451,7 @@ def causal_flow_attention_bwd(
         mask, cu, sums, count, state, *finals, length, length, batch, segments, tiles, min(clamp, CAUSAL_LIMIT), eps,
         *strides,
     )  # fmt: skip
-    for stage in (0,) if segments == 1 else (1, 2, 3, 4, 5):
+    for stage in (0,) if segments == 1 else (1, 2, 3, 4, 5, 6):
         if stage == 2:
             scan_states(states, state, False)
             scan_states(dstates, dstate, True)
