@@ -49,21 +49,9 @@ from .launch import Launcher
 
 
 @triton.jit
-def _source(flows, plane, rows, keep, n, clamp):
-    """(O, P, running sum of x, x, w) of a tile; x and w 0 where a token takes no part."""
-    outgoing = tl.load(flows + plane + rows, mask=keep, other=1.0)
-    conserved = tl.load(flows + 3 * plane + rows, mask=keep, other=0.0)
-    running = tl.load(flows + 4 * plane + rows, mask=keep, other=1.0)
-    x = tl.where(keep, tl.exp(clamped(conserved, clamp)), 0.0)
-    return outgoing, conserved, running, x, n * x / running
-
-
-@triton.jit
-def _sink(flows, plane, rows, keep):
-    """(I, J, z) of a tile; z, the factor of y, 0 where a token takes no part."""
-    incoming = tl.load(flows + rows, mask=keep, other=1.0)
-    conserved = tl.load(flows + 2 * plane + rows, mask=keep, other=0.0)
-    return incoming, conserved, tl.where(keep, sigmoid(conserved) / incoming, 0.0)
+def _plane(terms, number, plane, rows, keep):
+    """One number a token, 0 where it takes no part."""
+    return tl.load(terms + number * plane + rows, mask=keep, other=0.0)
 
 
 @triton.jit
@@ -95,9 +83,10 @@ def causal_flow_attention_bwd_kernel(
 ):  # fmt: skip
     """STAGE 1..4 runs one pass, 5 and 6 the two walks of the last, 0 all of them for the one segment of each head.
 
-    terms: planes of r, t, dP/n, dJ/n, dI, dO. before: as in the forward; after: sums of dI (q + eps), dO (k + eps),
-    dJ/n (q + eps), dP/n (k + eps) from behind each tile to the end of its segment. firsts: K1, Q1, K2, Q2 of segments,
-    seconds: t / running sum, thirds: the last two rows of after, fourths: the first two.
+    terms: planes of r, t, dP/n, dJ/n, dI, dO, a, b, w, z, the last two 0 where a token takes no part. before: as in the
+    forward; after: sums of dI (q + eps), dO (k + eps), dJ/n (q + eps), dP/n (k + eps) from behind each tile to the end
+    of its segment. firsts: K1, Q1, K2, Q2 of segments, seconds: t / running sum, thirds: the last two rows of after,
+    fourths: the first two.
     """
     index, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     s, h = index // HEADS, index % HEADS
@@ -133,13 +122,21 @@ def causal_flow_attention_bwd_kernel(
         kv, r_state = tl.zeros([BD, BM], tl.float32), tl.zeros([BD, BM], tl.float32)
         for first in range(begin, end, C):
             rows = first + offs
-            keep = kept(mask, stride_mt, rows, rows < end)
+            inside = rows < end
+            keep = kept(mask, stride_mt, rows, inside)
             raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
             fq, fq_wide = rounded_features(raw_q, keep, cols, q, D, RELU)
             fk, fk_wide = rounded_features(raw_k, keep, cols, k, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
-            outgoing, _, _, _, w = _source(flows, plane, rows, keep, n, clamp)
-            incoming, _, z = _sink(flows, plane, rows, keep)
+            incoming = tl.load(flows + rows, mask=keep, other=1.0)
+            running = tl.load(flows + 4 * plane + rows, mask=keep, other=1.0)
+            z = tl.where(keep, sigmoid(_plane(flows, 2, plane, rows, keep)) / incoming, 0.0)
+            w = tl.where(keep, n * tl.exp(clamped(_plane(flows, 3, plane, rows, keep), clamp)) / running, 0.0)
+            a, b = n / incoming, n / tl.load(flows + plane + rows, mask=keep, other=1.0)
+            tl.store(terms + 6 * plane + rows, a, mask=inside)
+            tl.store(terms + 7 * plane + rows, b, mask=inside)
+            tl.store(terms + 8 * plane + rows, w, mask=inside)
+            tl.store(terms + 9 * plane + rows, z, mask=inside)
             at = before + first // C * 4 * D + cols
             tl.store(at, k1, mask=cols < D)
             tl.store(at + D, q1, mask=cols < D)
@@ -152,20 +149,20 @@ def causal_flow_attention_bwd_kernel(
                 r_state = tl.dot(tl.trans(fq), grads, r_state, input_precision=PRECISION)
             k1, k1_lost = add(k1, k1_lost, tl.sum(fk_wide, 0))
             q1, q1_lost = add(q1, q1_lost, tl.sum(fq_wide, 0))
-            k2, k2_lost = add(k2, k2_lost, tl.sum(fk_wide * (n / outgoing)[:, None], 0))
-            q2, q2_lost = add(q2, q2_lost, tl.sum(fq_wide * (n / incoming)[:, None], 0))
+            k2, k2_lost = add(k2, k2_lost, tl.sum(fk_wide * b[:, None], 0))
+            q2, q2_lost = add(q2, q2_lost, tl.sum(fq_wide * a[:, None], 0))
             seen += _taken(mask, keep)
-        at = firsts + segment * 4 * D + cols
-        tl.store(at, k1, mask=cols < D)
-        tl.store(at + D, q1, mask=cols < D)
-        tl.store(at + 2 * D, k2, mask=cols < D)
-        tl.store(at + 3 * D, q2, mask=cols < D)
+        firsts_own = firsts + segment * 4 * D + cols
+        tl.store(firsts_own, k1, mask=cols < D)
+        tl.store(firsts_own + D, q1, mask=cols < D)
+        tl.store(firsts_own + 2 * D, k2, mask=cols < D)
+        tl.store(firsts_own + 3 * D, q2, mask=cols < D)
         if STAGE == 1:
             store_state(states, cols, cols_v, kv, D, M)
             store_state(dstates, cols, cols_v, r_state, D, M)
         tl.debug_barrier()
     if STAGE == 0 or STAGE == 2:
-        seen, kv = seen_first, tl.zeros([BD, BM], tl.float32)
+        kv = tl.zeros([BD, BM], tl.float32)
         if STAGE == 2:
             kv = load_state(states, cols, cols_v, D, M)
         elif state is not None:
@@ -176,8 +173,7 @@ def causal_flow_attention_bwd_kernel(
             keep = kept(mask, stride_mt, rows, inside)
             fq, _ = rounded_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
             fk, _ = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
-            _, _, _, _, w = _source(flows, plane, rows, keep, numbers(mask, keep, offs, first, seen), clamp)
-            _, _, z = _sink(flows, plane, rows, keep)
+            w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             values = load_tile(v, stride_vt, rows, cols_v, keep, M)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
             p = tl.dot(fq, tl.trans(fk), input_precision=PRECISION)
@@ -185,7 +181,6 @@ def causal_flow_attention_bwd_kernel(
             out += dot_rows(tl.where(lower, p * w[None, :], 0.0), narrow(values, v), v, PRECISION)
             tl.store(terms + rows, tl.sum(out * grads, 1) * z, mask=inside)
             kv = tl.dot(tl.trans(fk), narrow(values * w[:, None], v), kv, input_precision=PRECISION)
-            seen += _taken(mask, keep)
         r_state, share = tl.zeros([BD, BM], tl.float32), tl.zeros([C], tl.float32)
         if STAGE == 2:
             r_state = load_state(dstates, cols, cols_v, D, M)
@@ -196,12 +191,9 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            seen -= _taken(mask, keep)
             fq, _ = rounded_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
             fk, _ = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
-            n = numbers(mask, keep, offs, first, seen)
-            _, _, running, _, w = _source(flows, plane, rows, keep, n, clamp)
-            _, _, z = _sink(flows, plane, rows, keep)
+            w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
             p = tl.dot(fk, tl.trans(fq), input_precision=PRECISION)  # k_j . q_i
             d_values = dot_state(fk, r_state, k, PRECISION)
@@ -210,7 +202,7 @@ def causal_flow_attention_bwd_kernel(
             store_tile(dv, HEADS * M, rows, cols_v, inside, d_values, M)
             t = tl.sum(d_values * load_tile(v, stride_vt, rows, cols_v, keep, M), 1)
             tl.store(terms + plane + rows, t, mask=inside)
-            share += t / running
+            share += t / tl.load(flows + 4 * plane + rows, mask=keep, other=1.0)
             r_state = tl.dot(tl.trans(fq), narrow(grads * z[:, None], dy), r_state, input_precision=PRECISION)
         tl.store(seconds + segment, tl.sum(share, 0))
         if dstate0 is not None:
@@ -233,11 +225,10 @@ def causal_flow_attention_bwd_kernel(
             _, fq = rounded_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
             _, fk = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
-            _, conserved_k, running, x, _ = _source(flows, plane, rows, keep, n, clamp)
-            conserved_q = tl.load(flows + 2 * plane + rows, mask=keep, other=0.0)
-            r = tl.load(terms + rows, mask=keep, other=0.0)
-            t = tl.load(terms + plane + rows, mask=keep, other=0.0)
-            share = t / running
+            conserved_q, conserved_k = _plane(flows, 2, plane, rows, keep), _plane(flows, 3, plane, rows, keep)
+            x = tl.exp(clamped(conserved_k, clamp))
+            r, t = _plane(terms, 0, plane, rows, keep), _plane(terms, 1, plane, rows, keep)
+            share = t / tl.load(flows + 4 * plane + rows, mask=keep, other=1.0)
             in_bounds = keep & (conserved_k <= clamp) & (conserved_k >= -clamp)
             u = tl.where(in_bounds, (t - x * (behind + tl.cumsum(share, 0, reverse=True))) / n, 0.0)  # dP / n
             c = tl.where(keep, sigmoid(-conserved_q) * r / n, 0.0)  # dJ / n
@@ -262,7 +253,6 @@ def causal_flow_attention_bwd_kernel(
             gk2 += load_row(dsums + (index * 4 + 2) * D, cols, D)
             gq2 += load_row(dsums + (index * 4 + 3) * D, cols, D)
     if STAGE == 0 or STAGE == 4:
-        seen = seen_first + _segment_count(counts, segment)
         gk1 = tl.zeros([BD], tl.float32)
         gq1, gk1_lost, gq1_lost = gk1, gk1, gk1
         for step in range(0, steps):
@@ -270,24 +260,23 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            seen -= _taken(mask, keep)
             raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
             fq, fq_wide = rounded_features(raw_q, keep, cols, q, D, RELU)
             fk, fk_wide = rounded_features(raw_k, keep, cols, k, D, RELU)
-            n = numbers(mask, keep, offs, first, seen)
-            incoming = tl.load(flows + rows, mask=keep, other=1.0)
-            outgoing = tl.load(flows + plane + rows, mask=keep, other=1.0)
-            r = tl.load(terms + rows, mask=keep, other=0.0)
-            u = tl.load(terms + 2 * plane + rows, mask=keep, other=0.0)
-            c = tl.load(terms + 3 * plane + rows, mask=keep, other=0.0)
+            r, a, b = (
+                _plane(terms, 0, plane, rows, keep),
+                _plane(terms, 6, plane, rows, keep),
+                _plane(terms, 7, plane, rows, keep),
+            )
+            u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             at = after + first // C * 4 * D
             gk2_here, gq2_here = gk2 + load_row(at + 2 * D, cols, D), gq2 + load_row(at + 3 * D, cols, D)
             p = tl.dot(fq, tl.trans(fk), input_precision=PRECISION) + (eps * tl.sum(fq_wide, 1))[:, None]
             q_gq2 = tl.sum(tl.where(upper, p * u[None, :], 0.0), 1) + tl.sum(fq_wide * gq2_here[None, :], 1)
             p = tl.dot(fk, tl.trans(fq), input_precision=PRECISION) + (eps * tl.sum(fk_wide, 1))[:, None]
             k_gk2 = tl.sum(tl.where(upper, p * c[None, :], 0.0), 1) + tl.sum(fk_wide * gk2_here[None, :], 1)
-            d_in = tl.where(keep, -(r + n / incoming * q_gq2) / incoming, 0.0)
-            d_out = tl.where(keep, -n / outgoing * k_gk2 / outgoing, 0.0)
+            d_in = tl.where(keep, -(r + a * q_gq2) / tl.load(flows + rows, mask=keep, other=1.0), 0.0)
+            d_out = tl.where(keep, -b * k_gk2 / tl.load(flows + plane + rows, mask=keep, other=1.0), 0.0)
             tl.store(terms + 4 * plane + rows, d_in, mask=inside)
             tl.store(terms + 5 * plane + rows, d_out, mask=inside)
             tl.store(at + cols, gk1, mask=cols < D)
@@ -307,18 +296,18 @@ def causal_flow_attention_bwd_kernel(
             gk1 += load_row(dsums + index * 4 * D, cols, D)
             gq1 += load_row(dsums + (index * 4 + 1) * D, cols, D)
         if sums is not None:
-            at = sums + index * 4 * D
-            k1, q1 = k1 + load_row(at, cols, D), q1 + load_row(at + D, cols, D)
-            k2, q2 = k2 + load_row(at + 2 * D, cols, D), q2 + load_row(at + 3 * D, cols, D)
+            sums += index * 4 * D
+            k1, q1 = k1 + load_row(sums, cols, D), q1 + load_row(sums + D, cols, D)
+            k2, q2 = k2 + load_row(sums + 2 * D, cols, D), q2 + load_row(sums + 3 * D, cols, D)
         if dsums0 is not None and STAGE != 6:
+            dsums0 += index * 4 * D
             if segment == 0:
-                at, own, own_2 = dsums0 + index * 4 * D + cols, fourths, thirds
-                tl.store(at, gk1 + load_row(own, cols, D), mask=cols < D)
-                tl.store(at + D, gq1 + load_row(own + D, cols, D), mask=cols < D)
-                tl.store(at + 2 * D, gk2 + load_row(own_2, cols, D), mask=cols < D)
-                tl.store(at + 3 * D, gq2 + load_row(own_2 + D, cols, D), mask=cols < D)
+                tl.store(dsums0 + cols, gk1 + load_row(fourths, cols, D), mask=cols < D)
+                tl.store(dsums0 + D + cols, gq1 + load_row(fourths + D, cols, D), mask=cols < D)
+                tl.store(dsums0 + 2 * D + cols, gk2 + load_row(thirds, cols, D), mask=cols < D)
+                tl.store(dsums0 + 3 * D + cols, gq2 + load_row(thirds + D, cols, D), mask=cols < D)
     if STAGE == 0 or STAGE == 5:
-        seen, kv = seen_first, tl.zeros([BM, BD], tl.float32)  # transposed, as the product with dy reads it
+        kv = tl.zeros([BM, BD], tl.float32)  # transposed, as the product with dy reads it
         if STAGE == 5:
             kv = tl.trans(load_state(states, cols, cols_v, D, M))
         elif state is not None:
@@ -329,18 +318,15 @@ def causal_flow_attention_bwd_kernel(
             keep = kept(mask, stride_mt, rows, inside)
             raw = load_tile(q, stride_qt, rows, cols, keep, D)
             fk, _ = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
-            n = numbers(mask, keep, offs, first, seen)
-            outgoing, _, _, _, w = _source(flows, plane, rows, keep, n, clamp)
-            incoming, _, z = _sink(flows, plane, rows, keep)
-            u = tl.load(terms + 2 * plane + rows, mask=keep, other=0.0)
-            c = tl.load(terms + 3 * plane + rows, mask=keep, other=0.0)
-            d_in = tl.load(terms + 4 * plane + rows, mask=keep, other=0.0)
-            d_out = tl.load(terms + 5 * plane + rows, mask=keep, other=0.0)
+            u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
+            d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
+            a, b = _plane(terms, 6, plane, rows, keep), _plane(terms, 7, plane, rows, keep)
+            w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             values = load_tile(v, stride_vt, rows, cols_v, keep, M)
             grads = narrow(load_tile(dy, stride_yt, rows, cols_v, keep, M), dy)
-            a, at = n / incoming, first // C * 4 * D
+            at = first // C * 4 * D
             coef = tl.dot(grads, tl.trans(narrow(values, v)), input_precision=PRECISION) * (z[:, None] * w[None, :])
-            coef = tl.where(lower, coef + c[:, None] * (n / outgoing)[None, :] + d_in[:, None], 0.0)
+            coef = tl.where(lower, coef + c[:, None] * b[None, :] + d_in[:, None], 0.0)
             coef += tl.where(upper, a[:, None] * u[None, :] + d_out[None, :], 0.0)
             d = dot_state(grads, kv, dy, PRECISION) * z[:, None] + dot_rows(coef, fk, k, PRECISION)
             d += c[:, None] * (k2 + load_row(before + at + 2 * D, cols, D) + eps_row)[None, :]
@@ -351,9 +337,8 @@ def causal_flow_attention_bwd_kernel(
             d *= slope(raw, RELU)
             store_tile(dq, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
             kv = tl.dot(tl.trans(narrow(values * w[:, None], v)), fk, kv, input_precision=PRECISION)
-            seen += _taken(mask, keep)
     if STAGE == 0 or STAGE == 6:
-        seen, r_state = seen_first + _segment_count(counts, segment), tl.zeros([BM, BD], tl.float32)  # transposed
+        r_state = tl.zeros([BM, BD], tl.float32)  # transposed
         if STAGE == 6:
             r_state = tl.trans(load_state(dstates, cols, cols_v, D, M))
         elif dstate is not None:
@@ -363,22 +348,18 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            seen -= _taken(mask, keep)
             raw = load_tile(k, stride_kt, rows, cols, keep, D)
             fq, _ = rounded_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
-            n = numbers(mask, keep, offs, first, seen)
-            outgoing, _, _, _, w = _source(flows, plane, rows, keep, n, clamp)
-            incoming, _, z = _sink(flows, plane, rows, keep)
-            u = tl.load(terms + 2 * plane + rows, mask=keep, other=0.0)
-            c = tl.load(terms + 3 * plane + rows, mask=keep, other=0.0)
-            d_in = tl.load(terms + 4 * plane + rows, mask=keep, other=0.0)
-            d_out = tl.load(terms + 5 * plane + rows, mask=keep, other=0.0)
+            u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
+            d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
+            a, b = _plane(terms, 6, plane, rows, keep), _plane(terms, 7, plane, rows, keep)
+            w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             values = narrow(load_tile(v, stride_vt, rows, cols_v, keep, M), v)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
-            b, at = n / outgoing, first // C * 4 * D
+            at = first // C * 4 * D
             coef = tl.dot(values, tl.trans(narrow(grads, dy)), input_precision=PRECISION) * (w[:, None] * z[None, :])
             coef = tl.where(upper, coef + b[:, None] * c[None, :] + d_in[None, :], 0.0)
-            coef += tl.where(lower, u[:, None] * (n / incoming)[None, :] + d_out[:, None], 0.0)
+            coef += tl.where(lower, u[:, None] * a[None, :] + d_out[:, None], 0.0)
             d = dot_state(values, r_state, v, PRECISION) * w[:, None] + dot_rows(coef, fq, q, PRECISION)
             d += u[:, None] * (q2 + load_row(before + at + 3 * D, cols, D) + eps_row)[None, :]
             d += d_out[:, None] * (q1 + load_row(before + at + D, cols, D) + eps_row)[None, :]
@@ -427,7 +408,7 @@ def causal_flow_attention_bwd(
     constants = constants_of(q, k, v, relu)
     segments, tile = causal_segments(programs, length), causal_config(q.dtype, constants[4:6], "bwd", 0)[0]
     tiles = max(1, triton.cdiv(length, tile))  # of the longest sequence possible
-    terms = flows.new_empty((6, batch, heads, length))
+    terms = flows.new_empty((10, batch, heads, length))
     before, after = (flows.new_empty((programs, tiles, 4, width)) for _ in range(2))
     firsts, seconds, thirds, fourths = (
         flows.new_empty((programs, segments, n)) for n in (4 * width, 1, 2 * width, 2 * width)

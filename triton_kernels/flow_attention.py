@@ -251,9 +251,9 @@ def flow_attention_gather_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def flow_attention_bwd_kernel(
     dy, q, k, v, dq, dk, dv, flows_q, flows_k, sums, lse, kv, r_q, t_k, dout_k, counts, firsts, seconds, thirds, states,
-    dkv_of, key_mask, query_mask, cu, sinks, sources, batch, splits, clamp, eps, stride_yb, stride_yt, stride_yh, stride_qb,
-    stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_kmb, stride_kmt,
-    stride_qmb, stride_qmt,
+    dkv_of, key_mask, query_mask, cu, sinks, sources, batch, splits, clamp, eps, stride_yb, stride_yt, stride_yh,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_kmb,
+    stride_kmt, stride_qmb, stride_qmt,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip

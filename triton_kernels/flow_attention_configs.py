@@ -3,6 +3,9 @@
 A configuration is (tokens of a tile, num_warps, num_stages). Tiles of 64 tokens run on the asynchronous tensor cores of
 an H100; with widths below 64 they would be cut into products of 16 columns, which Triton 3.6 miscompiles (wrong results
 and shared memory out of range in chunk_hybrid_attention, D=20, M=12, 2026-11-23), so that these take 32 tokens.
+
+Warps and stages keep a kernel of 64 columns in its registers (compiled for sm_90; not yet timed). With two stages the
+compiler applies phi twice, once for each layout that a tile is read in, so that phases which also sum rows take one.
 """
 
 import torch
@@ -12,9 +15,13 @@ PROGRAMS = 1056  # eight for each multiprocessor of an H100: phases that only st
 STATE_PROGRAMS = 528  # four: phases that sum a D x M state, or write as much
 CAUSAL_PROGRAMS = 528  # a program first adds up the sums of all segments before its own
 SHORTEST_PART = 256  # tokens
-SHORTEST_CAUSAL = 128
+SHORTEST_SEGMENT = 128
 LONGEST_PART = 16384  # tokens: bounds the additions in one float32 accumulator
 SLICES = 8  # programs that add the partial states of one head
+
+# (num_warps, num_stages) of tiles of 64 tokens, by direction and phase; 4 and 1 where not named.
+WHOLE = {("bwd", 0): (8, 1), ("bwd", 1): (4, 2), ("bwd", 2): (8, 1), ("bwd", 3): (8, 2), ("bwd", 4): (8, 2)}
+CAUSAL = {("bwd", 0): (8, 1), ("bwd", 1): (8, 1), ("bwd", 4): (8, 1)}
 
 
 def _tile(dtype, blocks):
@@ -23,30 +30,37 @@ def _tile(dtype, blocks):
     return 64 if min(blocks) >= 64 and max(blocks) <= 64 else 32
 
 
+def _config(table, dtype, blocks, direction, stage):
+    tile = _tile(dtype, blocks)
+    return (tile, *(table.get((direction, stage), (4, 1)) if tile == 64 else (4, 1)))
+
+
 def flow_config(dtype, blocks, direction, stage):
     """blocks: (BD, BM); stage: 0 for all phases at once, or the phase."""
-    return (_tile(dtype, blocks), 4, 2)
-
-
-def flow_splits(heads, tokens):
-    """(parts of the phases that stream, parts of those with a state) of one head; (1, 1): a single launch."""
-    if tokens <= SHORTEST_PART:
-        return 1, 1
-    most, least = triton.cdiv(tokens, SHORTEST_PART), triton.cdiv(tokens, LONGEST_PART)
-    return tuple(max(least, min(triton.cdiv(n, max(heads, 1)), most)) for n in (PROGRAMS, STATE_PROGRAMS))
+    return _config(WHOLE, dtype, blocks, direction, stage)
 
 
 def causal_config(dtype, blocks, direction, stage):
-    return (_tile(dtype, blocks), 4, 1)
-
-
-def causal_segments(heads, tokens):
-    """Parts of one head in the causal form; 1: a single launch."""
-    if tokens <= SHORTEST_CAUSAL:
-        return 1
-    most, least = triton.cdiv(tokens, SHORTEST_CAUSAL), triton.cdiv(tokens, LONGEST_PART)
-    return max(least, min(triton.cdiv(CAUSAL_PROGRAMS, max(heads, 1)), most))
+    """As flow_config; all phases of a direction have the same tile, whose sums are saved."""
+    return _config(CAUSAL, dtype, blocks, direction, stage)
 
 
 def hybrid_config(dtype, blocks):
     return (_tile(dtype, blocks), 4, 2)
+
+
+def _pieces(programs, heads, tokens, shortest):
+    if tokens <= shortest:
+        return 1
+    most, least = triton.cdiv(tokens, shortest), triton.cdiv(tokens, LONGEST_PART)
+    return max(least, min(triton.cdiv(programs, max(heads, 1)), most))
+
+
+def flow_splits(heads, tokens):
+    """(parts of the phases that stream, parts of those with a state) of one head; (1, 1): a single launch."""
+    return tuple(_pieces(n, heads, tokens, SHORTEST_PART) for n in (PROGRAMS, STATE_PROGRAMS))
+
+
+def causal_segments(heads, tokens):
+    """Parts of one head in the causal form; 1: a single launch."""
+    return _pieces(CAUSAL_PROGRAMS, heads, tokens, SHORTEST_SEGMENT)
