@@ -9,9 +9,9 @@ program a head, which runs the passes one after the other in a single launch, it
 Bytes, in tensors of q's size: 2 (q, k), 2 (q, k), 2 (q, k), 2 (k, v), 4 (q, k, v, y), together 12 where 4 must move.
 One pass would need the states of all segments before to be complete while its tile waits on chip, four times over.
 
-bfloat16 features are rounded once and used rounded everywhere: a program's sums and products then cancel as they do in
-exact arithmetic, on which the gradients of the first tokens depend. Coefficients of values and features that may cancel
-enter products as two bfloat16 numbers. Sums over the tiles of a segment are compensated.
+Flows have nearly float32's accuracy in all dtypes, since they decide at which tokens the clamp is reached. Coefficients
+of values and features, which may cancel, enter products as two bfloat16 numbers. Sums over the tiles of a segment are
+compensated.
 """
 
 import torch
@@ -22,6 +22,7 @@ from .flow_attention_configs import SLICES, causal_config, causal_segments
 from .flow_features import (
     add,
     clamped,
+    dot_features,
     dot_rows,
     dot_state,
     features,
@@ -55,10 +56,10 @@ def segment_of(segment, segments, tokens, longest, C: tl.constexpr):
 
 
 @triton.jit
-def rounded_features(raw, keep, cols, base, D: tl.constexpr, RELU: tl.constexpr):
-    """phi(raw) as the operand of products, and what it holds in float32."""
-    f = narrow(features(raw, keep, cols, D, RELU), base)
-    return f, f.to(tl.float32)
+def both_features(raw, keep, cols, base, D: tl.constexpr, RELU: tl.constexpr):
+    """phi(raw) as the operand of products, and in float32."""
+    f = features(raw, keep, cols, D, RELU)
+    return narrow(f, base), f
 
 
 @triton.jit
@@ -130,8 +131,8 @@ def causal_flow_attention_fwd_kernel(
             rows = first + offs
             keep = kept(mask, stride_mt, rows, rows < end)
             raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = rounded_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = rounded_features(raw_k, keep, cols, k, D, RELU)
+            _, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
+            _, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
             at = before + first // C * 4 * D + cols
             tl.store(at, k1, mask=cols < D)
             tl.store(at + D, q1, mask=cols < D)
@@ -161,15 +162,15 @@ def causal_flow_attention_fwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = rounded_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = rounded_features(raw_k, keep, cols, k, D, RELU)
+            _, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
+            _, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
             at = before + first // C * 4 * D
             k1_here, q1_here = k1 + load_row(at, cols, D) + eps_row, q1 + load_row(at + D, cols, D) + eps_row
-            p = tl.dot(fq, tl.trans(fk), input_precision=PRECISION) + (eps * tl.sum(fk_wide, 1))[None, :]
+            p = dot_features(fq_wide, fk_wide, q) + (eps * tl.sum(fk_wide, 1))[None, :]
             incoming = tl.sum(tl.where(lower, p, 0.0), 1) + extra
             incoming += tl.sum((fq_wide + eps_row[None, :]) * k1_here[None, :], 1)
-            p = tl.dot(fk, tl.trans(fq), input_precision=PRECISION) + (eps * tl.sum(fq_wide, 1))[None, :]
+            p = dot_features(fk_wide, fq_wide, q) + (eps * tl.sum(fq_wide, 1))[None, :]
             outgoing = tl.sum(tl.where(lower, p, 0.0), 1) + extra
             outgoing += tl.sum((fk_wide + eps_row[None, :]) * q1_here[None, :], 1)
             incoming, outgoing = tl.where(keep, incoming, 1.0), tl.where(keep, outgoing, 1.0)
@@ -203,18 +204,18 @@ def causal_flow_attention_fwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = rounded_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = rounded_features(raw_k, keep, cols, k, D, RELU)
+            _, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
+            _, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
             a = n / tl.load(flows + rows, mask=keep, other=1.0)
             b = n / tl.load(flows + plane + rows, mask=keep, other=1.0)
             at = before + first // C * 4 * D
             k2_here = k2 + load_row(at + 2 * D, cols, D) + eps_row
             q2_here = q2 + load_row(at + 3 * D, cols, D) + eps_row
-            p = tl.dot(fq, tl.trans(fk), input_precision=PRECISION) + (eps * tl.sum(fk_wide, 1))[None, :]
+            p = dot_features(fq_wide, fk_wide, q) + (eps * tl.sum(fk_wide, 1))[None, :]
             conserved_q = tl.sum(tl.where(lower, p * b[None, :], 0.0), 1) + extra
             conserved_q += tl.sum((fq_wide + eps_row[None, :]) * k2_here[None, :], 1)
-            p = tl.dot(fk, tl.trans(fq), input_precision=PRECISION) + (eps * tl.sum(fq_wide, 1))[None, :]
+            p = dot_features(fk_wide, fq_wide, q) + (eps * tl.sum(fq_wide, 1))[None, :]
             conserved_k = tl.sum(tl.where(lower, p * a[None, :], 0.0), 1) + extra
             conserved_k += tl.sum((fk_wide + eps_row[None, :]) * q2_here[None, :], 1)
             conserved_k /= n
@@ -249,7 +250,7 @@ def causal_flow_attention_fwd_kernel(
             tl.store(flows + 4 * plane + rows, running, mask=inside)
             summed, summed_lost = add(summed, summed_lost, tl.sum(x, 0))
             if STAGE == 4:
-                fk, _ = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+                fk, _ = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
                 w = numbers(mask, keep, offs, first, seen) * x / tl.where(keep, running, 1.0)
                 values = narrow(load_tile(v, stride_vt, rows, cols_v, keep, M) * w[:, None], v)
                 kv = tl.dot(tl.trans(fk), values, kv, input_precision=PRECISION)
@@ -273,8 +274,8 @@ def causal_flow_attention_fwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, _ = rounded_features(raw_q, keep, cols, q, D, RELU)
-            fk, _ = rounded_features(raw_k, keep, cols, k, D, RELU)
+            fq, _ = both_features(raw_q, keep, cols, q, D, RELU)
+            fk, _ = both_features(raw_k, keep, cols, k, D, RELU)
             values = load_tile(v, stride_vt, rows, cols_v, keep, M)
             x = tl.exp(clamped(tl.load(flows + 3 * plane + rows, mask=keep, other=0.0), clamp))
             running = tl.load(flows + 4 * plane + rows, mask=keep, other=1.0)

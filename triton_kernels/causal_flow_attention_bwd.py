@@ -17,9 +17,9 @@ import triton.language as tl
 from .causal_flow_attention import (
     CAUSAL_LIMIT,
     UNSPECIALIZED,
+    both_features,
     constants_of,
     numbers,
-    rounded_features,
     scan_states,
     seen_before,
     segment_of,
@@ -28,6 +28,7 @@ from .flow_attention_configs import causal_config, causal_segments
 from .flow_features import (
     add,
     clamped,
+    dot_features,
     dot_rows,
     dot_state,
     kept,
@@ -125,8 +126,8 @@ def causal_flow_attention_bwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = rounded_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = rounded_features(raw_k, keep, cols, k, D, RELU)
+            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
+            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
             incoming = tl.load(flows + rows, mask=keep, other=1.0)
             running = tl.load(flows + 4 * plane + rows, mask=keep, other=1.0)
@@ -171,12 +172,13 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            fq, _ = rounded_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
-            fk, _ = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
+            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
+            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
             w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             values = load_tile(v, stride_vt, rows, cols_v, keep, M)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
-            p = tl.dot(fq, tl.trans(fk), input_precision=PRECISION)
+            p = dot_features(fq_wide, fk_wide, q)  # as in I, with which r / I cancels what comes through y
             out = dot_state(fq, kv, q, PRECISION)
             out += dot_rows(tl.where(lower, p * w[None, :], 0.0), narrow(values, v), v, PRECISION)
             tl.store(terms + rows, tl.sum(out * grads, 1) * z, mask=inside)
@@ -191,8 +193,8 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            fq, _ = rounded_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
-            fk, _ = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            fq, _ = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
+            fk, _ = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
             w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
             p = tl.dot(fk, tl.trans(fq), input_precision=PRECISION)  # k_j . q_i
@@ -222,8 +224,8 @@ def causal_flow_attention_bwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             seen -= _taken(mask, keep)
-            _, fq = rounded_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
-            _, fk = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            _, fq = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
+            _, fk = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
             conserved_q, conserved_k = _plane(flows, 2, plane, rows, keep), _plane(flows, 3, plane, rows, keep)
             x = tl.exp(clamped(conserved_k, clamp))
@@ -261,8 +263,8 @@ def causal_flow_attention_bwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = rounded_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = rounded_features(raw_k, keep, cols, k, D, RELU)
+            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
+            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
             r, a, b = (
                 _plane(terms, 0, plane, rows, keep),
                 _plane(terms, 6, plane, rows, keep),
@@ -317,7 +319,7 @@ def causal_flow_attention_bwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             raw = load_tile(q, stride_qt, rows, cols, keep, D)
-            fk, _ = rounded_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            fk, _ = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
             a, b = _plane(terms, 6, plane, rows, keep), _plane(terms, 7, plane, rows, keep)
@@ -349,7 +351,7 @@ def causal_flow_attention_bwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             raw = load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, _ = rounded_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
+            fq, _ = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
             a, b = _plane(terms, 6, plane, rows, keep), _plane(terms, 7, plane, rows, keep)

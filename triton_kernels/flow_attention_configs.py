@@ -15,7 +15,6 @@ PROGRAMS = 1056  # eight for each multiprocessor of an H100: phases that only st
 STATE_PROGRAMS = 528  # four: phases that sum a D x M state, or write as much
 CAUSAL_PROGRAMS = 528  # a program first adds up the sums of all segments before its own
 SHORTEST_PART = 256  # tokens
-SHORTEST_SEGMENT = 128
 LONGEST_PART = 16384  # tokens: bounds the additions in one float32 accumulator
 SLICES = 8  # programs that add the partial states of one head
 
@@ -49,18 +48,16 @@ def hybrid_config(dtype, blocks):
     return (_tile(dtype, blocks), 4, 2)
 
 
-def _pieces(programs, heads, tokens, shortest):
-    if tokens <= shortest:
-        return 1
-    most, least = triton.cdiv(tokens, shortest), triton.cdiv(tokens, LONGEST_PART)
+def _pieces(programs, heads, tokens):
+    most, least = max(1, triton.cdiv(tokens, SHORTEST_PART)), triton.cdiv(tokens, LONGEST_PART)
     return max(least, min(triton.cdiv(programs, max(heads, 1)), most))
 
 
 def flow_splits(heads, tokens):
     """(parts of the phases that stream, parts of those with a state) of one head; (1, 1): a single launch."""
-    return tuple(_pieces(n, heads, tokens, SHORTEST_PART) for n in (PROGRAMS, STATE_PROGRAMS))
+    return tuple(_pieces(n, heads, tokens) for n in (PROGRAMS, STATE_PROGRAMS))
 
 
 def causal_segments(heads, tokens):
     """Parts of one head in the causal form; 1: a single launch."""
-    return _pieces(CAUSAL_PROGRAMS, heads, tokens, SHORTEST_SEGMENT)
+    return _pieces(CAUSAL_PROGRAMS, heads, tokens)
