@@ -85,14 +85,15 @@ def test_more_sinks_than_sources_and_fewer(backend, place, sources):
     check(backend, inputs((2, 37, 2, 16), sources=sources, device=place))
 
 
+@both_forms
 @pytest.mark.parametrize("backend", ("triton",), indirect=True)
-def test_heads_cut_into_parts(backend, place):
-    """One long head is not one program: its parts meet in four launches instead of one."""
-    tensors = inputs((1, 600, 1, 16), sources=530, device=place)
-    check(backend, tensors)
-    key_mask, query_mask = (torch.rand(1, n, device=place) > 0.3 for n in (530, 600))
+def test_heads_cut_into_parts(backend, place, causal):
+    """One long head is not one program: its parts meet in several launches instead of one."""
+    tensors = inputs((1, 600, 1, 16), sources=600 if causal else 530, device=place)
+    check(backend, tensors, causal=causal)
+    key_mask, query_mask = (torch.rand(x.shape[:2], device=place) > 0.3 for x in (tensors[1], tensors[0]))
     key_mask[:, :256] = False  # a part without a source
-    check(backend, tensors, clamp=None, key_mask=key_mask, query_mask=query_mask)
+    check(backend, tensors, causal=causal, clamp=None, key_mask=key_mask, query_mask=query_mask)
 
 
 # --- identities

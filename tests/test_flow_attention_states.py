@@ -27,6 +27,15 @@ def test_states_and_their_gradients(backend, place, dtype):
     check(backend, inputs((2, 70, 2, 16), width_v=8, dtype=dtype, device=place), state, causal=True)
 
 
+@pytest.mark.parametrize("backend", ("triton",), indirect=True)
+def test_parts_of_heads_start_from_the_state(backend, place):
+    """Several programs a head, packed sequences of very different lengths, a mask."""
+    tensors = inputs((1, 560, 1, 16), width_v=8, device=place)
+    ends, mask = torch.tensor([0, 7, 7, 555], device=place), torch.rand(1, 560, device=place) > 0.2
+    state = random_state(3, 1, 16, 8, torch.float32, place)
+    check(backend, tensors, state, causal=True, cu_seqlens=ends, key_mask=mask)
+
+
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float32, 1e-6), (torch.bfloat16, 1e-3)), ids=str)
 @on_backends
 def test_split_and_resume(backend, place, dtype, tolerance):

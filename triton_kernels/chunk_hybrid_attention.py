@@ -1,16 +1,27 @@
-"""chunk_hybrid_attention: one kernel walks the state over the images, one computes every image at once.
+"""chunk_hybrid_attention: what every image adds to the state, a scan over the images, then all tiles at once.
 
-The walk is short (a product of D x C x M an image) and leaves the state before each image; then all tiles of all images
-are independent, inner softmax and cross term in one program. Backward: the same walk, its mirror image for the gradient
-of the state, dq by tile of queries, dk and dv by tile of keys, and the gradient of the gates.
+The scan reads and writes D x M numbers an image and leaves the state before each; inner softmax and cross term are one
+program. Backward: the same, its mirror image for the gradient of the state, dq by tile of queries, dk and dv by tile of
+keys, and the gradient of the gates.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .flow_attention_configs import hybrid_config
-from .flow_features import launch_key, load_state, load_tile, precision, sigmoid, store_state, store_tile, widths
+from .flow_attention_configs import SLICES, hybrid_config
+from .flow_features import (
+    dot_state,
+    launch_key,
+    load_state,
+    load_tile,
+    narrow,
+    precision,
+    sigmoid,
+    store_state,
+    store_tile,
+    widths,
+)
 from .flow_features import time_strides as strides_of
 from .launch import Launcher
 
@@ -28,43 +39,55 @@ def _head(x, stride_b, stride_t, stride_h, b, h, first):
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def chunk_hybrid_attention_state_kernel(
-    k, v, gate, initial, states, decays, kept_of, final, length, chunk, scale,
+def chunk_hybrid_attention_update_kernel(
+    k, v, gate, updates, decays, kept_of, length, chunk, scale,
     stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_gb, stride_gt, stride_gh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The state before each image, exp of the running sum of g, exp of its mean, and the last state."""
-    b, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    index = tl.cast(tl.program_id(0), tl.int64)
+    """What each image adds to the state, exp of the running sum of g, exp of its mean."""
     images = length // chunk
+    index = tl.cast(tl.program_id(0), tl.int64)
+    head, first = index // images, index % images * chunk
+    b, h = head // HEADS, head % HEADS
     cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, TILE)
-    state = tl.zeros([BD, BM], tl.float32)
+    k_base = _head(k, stride_kb, stride_kt, stride_kh, b, h // GROUP, first)
+    v_base = _head(v, stride_vb, stride_vt, stride_vh, b, h // GROUP, first)
+    gate_base = _head(gate, stride_gb, stride_gt, stride_gh, b, h, first)
+    total = 0.0
+    update = tl.zeros([BD, BM], tl.float32)
+    for begin in range(0, chunk, TILE):
+        rows = begin + offs
+        inside = rows < chunk
+        raw = tl.load(gate_base + rows.to(tl.int64) * stride_gt, mask=inside, other=0.0)
+        g = tl.where(inside, _log_sigmoid(raw) / 16.0, 0.0)
+        tl.store(decays + head * length + first + rows, tl.exp(total + tl.cumsum(g, 0)), mask=inside)
+        total += tl.sum(g, 0)
+        keys = narrow(load_tile(k_base, stride_kt, rows, cols, inside, D), k)
+        values = narrow(load_tile(v_base, stride_vt, rows, cols_v, inside, M), k)
+        update = tl.dot(tl.trans(keys), values, update, input_precision=PRECISION)
+    tl.store(kept_of + index, tl.exp(total / chunk))
+    store_state(updates + index * D * M, cols, cols_v, update * scale, D, M)
+
+
+@triton.jit(do_not_specialize=("images",))
+def chunk_hybrid_attention_scan_kernel(
+    states, kept_of, initial, final, images,
+    D: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, SLICE: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What images add to the state before each of them, in place (REVERSE: behind), SLICE programs a head."""
+    index, piece = tl.cast(tl.program_id(0) // SLICE, tl.int64), tl.program_id(0) % SLICE
+    rows, cols_v = piece * ROWS + tl.arange(0, ROWS), tl.arange(0, BM)
+    state = tl.zeros([ROWS, BM], tl.float32)
     if initial is not None:
-        state = load_state(initial + index * D * M, cols, cols_v, D, M)
-    for image in range(0, images):
-        first = image * chunk
-        k_base = _head(k, stride_kb, stride_kt, stride_kh, b, h // GROUP, first)
-        v_base = _head(v, stride_vb, stride_vt, stride_vh, b, h // GROUP, first)
-        gate_base = _head(gate, stride_gb, stride_gt, stride_gh, b, h, first)
-        store_state(states + (index * images + image) * D * M, cols, cols_v, state, D, M)
-        total = 0.0
-        update = tl.zeros([BD, BM], tl.float32)
-        for begin in range(0, chunk, TILE):
-            rows = begin + offs
-            inside = rows < chunk
-            raw = tl.load(gate_base + rows.to(tl.int64) * stride_gt, mask=inside, other=0.0)
-            g = tl.where(inside, _log_sigmoid(raw) / 16.0, 0.0)
-            tl.store(decays + index * length + first + rows, tl.exp(total + tl.cumsum(g, 0)), mask=inside)
-            total += tl.sum(g, 0)
-            keys = load_tile(k_base, stride_kt, rows, cols, inside, D) * scale
-            values = load_tile(v_base, stride_vt, rows, cols_v, inside, M)
-            update = tl.dot(tl.trans(keys), values, update, input_precision=PRECISION)
-        left = tl.exp(total / chunk)
-        tl.store(kept_of + index * images + image, left)
-        state = state * left + update
+        state = load_state(initial + index * D * M, rows, cols_v, D, M)
+    for step in range(0, images):
+        at = index * images + (images - 1 - step if REVERSE else step)
+        own = load_state(states + at * D * M, rows, cols_v, D, M)
+        store_state(states + at * D * M, rows, cols_v, state, D, M)
+        state = state * tl.load(kept_of + at) + own
     if final is not None:
-        store_state(final + index * D * M, cols, cols_v, state, D, M)
+        store_state(final + index * D * M, rows, cols_v, state, D, M)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -106,43 +129,35 @@ def chunk_hybrid_attention_fwd_kernel(
     acc /= total[:, None]
     decay = tl.load(decays + head * length + first + rows, mask=inside, other=0.0)
     state = load_state(states + index * D * M, cols, cols_v, D, M)
-    acc = tl.dot(queries * decay[:, None], state, acc, input_precision=PRECISION)
+    acc += dot_state(narrow(queries, q), state, q, PRECISION) * decay[:, None]
     o += ((tl.cast(b, tl.int64) * length + first) * HEADS + h) * M
     store_tile(o, HEADS * M, rows, cols_v, inside, acc, M)
     tl.store(lse + head * length + first + rows, top + tl.log(total), mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def chunk_hybrid_attention_dstate_kernel(
-    q, do, dfinal, dstates, decays, kept_of, dinitial, length, chunk,
-    stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
+def chunk_hybrid_attention_dupdate_kernel(
+    q, do, updates, decays, length, chunk, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state after each image, and of the initial one."""
-    b, h = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS
-    index = tl.cast(tl.program_id(0), tl.int64)
+    """What each image adds to the gradient of the state before it."""
     images = length // chunk
+    index = tl.cast(tl.program_id(0), tl.int64)
+    head, first = index // images, index % images * chunk
+    b, h = head // HEADS, head % HEADS
     cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, TILE)
-    d_state = tl.zeros([BD, BM], tl.float32)
-    if dfinal is not None:
-        d_state = load_state(dfinal + index * D * M, cols, cols_v, D, M)
-    for step in range(0, images):
-        image = images - 1 - step
-        first = image * chunk
-        q_base = _head(q, stride_qb, stride_qt, stride_qh, b, h, first)
-        do_base = _head(do, stride_ob, stride_ot, stride_oh, b, h, first)
-        store_state(dstates + (index * images + image) * D * M, cols, cols_v, d_state, D, M)
-        d_state *= tl.load(kept_of + index * images + image)
-        for begin in range(0, chunk, TILE):
-            rows = begin + offs
-            inside = rows < chunk
-            decay = tl.load(decays + index * length + first + rows, mask=inside, other=0.0)
-            queries = load_tile(q_base, stride_qt, rows, cols, inside, D) * decay[:, None]
-            grads = load_tile(do_base, stride_ot, rows, cols_v, inside, M)
-            d_state = tl.dot(tl.trans(queries), grads, d_state, input_precision=PRECISION)
-    if dinitial is not None:
-        store_state(dinitial + index * D * M, cols, cols_v, d_state, D, M)
+    q_base = _head(q, stride_qb, stride_qt, stride_qh, b, h, first)
+    do_base = _head(do, stride_ob, stride_ot, stride_oh, b, h, first)
+    update = tl.zeros([BD, BM], tl.float32)
+    for begin in range(0, chunk, TILE):
+        rows = begin + offs
+        inside = rows < chunk
+        decay = tl.load(decays + head * length + first + rows, mask=inside, other=0.0)
+        queries = narrow(load_tile(q_base, stride_qt, rows, cols, inside, D) * decay[:, None], q)
+        grads = narrow(load_tile(do_base, stride_ot, rows, cols_v, inside, M), q)
+        update = tl.dot(tl.trans(queries), grads, update, input_precision=PRECISION)
+    store_state(updates + index * D * M, cols, cols_v, update, D, M)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -192,7 +207,7 @@ def chunk_hybrid_attention_bwd_dq_kernel(
         acc = tl.dot(ds.to(dtype), keys, acc, input_precision=PRECISION)
     decay = tl.load(decays + per_token + rows, mask=inside, other=0.0)
     state = load_state(states + index * D * M, cols, cols_v, D, M)
-    cross = tl.dot(grads, tl.trans(state), input_precision=PRECISION) * decay[:, None]
+    cross = dot_state(narrow(grads, q), tl.trans(state), q, PRECISION) * decay[:, None]
     dq += ((tl.cast(b, tl.int64) * length + first) * HEADS + h) * D
     store_tile(dq, HEADS * D, rows, cols, inside, acc * scale + cross, D)
     tl.store(delta_of + per_token + rows, delta, mask=inside)
@@ -227,8 +242,8 @@ def chunk_hybrid_attention_bwd_dkv_kernel(
     )  # fmt: skip
     per_token = head * length + first
     d_state = load_state(dstates + index * D * M, cols, cols_v, D, M)
-    dk_acc = tl.dot(values, tl.trans(d_state), input_precision=PRECISION)
-    dv_acc = tl.dot(keys * scale, d_state, input_precision=PRECISION)
+    dk_acc = dot_state(narrow(values, q), tl.trans(d_state), q, PRECISION)
+    dv_acc = dot_state(narrow(keys, q), d_state, q, PRECISION) * scale
     for begin in range(0, chunk, TILE):
         queries_at = begin + offs
         here = queries_at < chunk
@@ -273,9 +288,10 @@ def chunk_hybrid_attention_dgate_kernel(
         after += tl.sum(share, 0)
 
 
-_state = Launcher(chunk_hybrid_attention_state_kernel)
+_update = Launcher(chunk_hybrid_attention_update_kernel)
+_scan = Launcher(chunk_hybrid_attention_scan_kernel)
 _fwd = Launcher(chunk_hybrid_attention_fwd_kernel)
-_dstate = Launcher(chunk_hybrid_attention_dstate_kernel)
+_dupdate = Launcher(chunk_hybrid_attention_dupdate_kernel)
 _dq = Launcher(chunk_hybrid_attention_bwd_dq_kernel)
 _dkv = Launcher(chunk_hybrid_attention_bwd_dkv_kernel)
 _dgate = Launcher(chunk_hybrid_attention_dgate_kernel)
@@ -288,7 +304,7 @@ class _Call:
         self.batch, self.length, self.heads, self.width = q.shape
         self.width_v, self.chunk, self.scale = v.shape[3], chunk, q.shape[3] ** -0.5
         self.images, self.programs = self.length // chunk, self.batch * self.heads
-        self.config = hybrid_config(q.dtype, max(self.width, self.width_v))
+        self.config = hybrid_config(q.dtype, widths(q, v)[2:])
         self.tiles = self.programs * self.images * triton.cdiv(chunk, self.config[0])
         self.constants = (self.heads, self.heads // k.shape[2], *widths(q, v), precision(q.dtype))
         self.sizes = (self.length, chunk)
@@ -298,16 +314,25 @@ class _Call:
         shape = (self.programs, self.images, self.width, self.width_v)
         return q.new_empty(shape, dtype=torch.float32)
 
+    def scan(self, states, kept, initial, final, reverse):
+        block, block_v = self.constants[4:6]
+        _scan(
+            self.programs * SLICES, launch_key((), states, kept, initial, final),
+            (states, kept, initial, final, self.images),
+            (self.width, self.width_v, block_v, block // SLICES, SLICES, reverse), (4, 1),
+        )  # fmt: skip
+
     def walk(self, k, v, gate, state, final):
         """(states before each image, exp of the running sums of g, exp of their means)."""
         states = self.states(k)
         decays, kept = (states.new_empty((self.programs, n)) for n in (self.length, self.images))
         strides = strides_of(k, v, gate)
-        _state(
-            self.programs, launch_key(k, strides, k, v, gate, state, final),
-            (k, v, gate, state, states, decays, kept, final, *self.sizes, self.scale, *strides),
-            self.constants, self.config,
-        )  # fmt: skip
+        if self.images:
+            _update(
+                self.programs * self.images, launch_key(strides, k, v, gate),
+                (k, v, gate, states, decays, kept, *self.sizes, self.scale, *strides), self.constants, self.config,
+            )  # fmt: skip
+        self.scan(states, kept, state, final, False)
         return states, decays, kept
 
 
@@ -321,7 +346,7 @@ def chunk_hybrid_attention_fwd(q, k, v, gate, state, chunk):
     if call.tiles:
         strides = strides_of(q, k, v)
         _fwd(
-            call.tiles, launch_key(q, strides, q, k, v),
+            call.tiles, launch_key(strides, q, k, v),
             (q, k, v, o, lse, states, decays, *call.sizes, call.scale, *strides), call.constants, call.config,
         )  # fmt: skip
     return o, lse, final
@@ -337,15 +362,17 @@ def chunk_hybrid_attention_bwd(do, dfinal, q, k, v, gate, state, lse, chunk):
     states, decays, kept = call.walk(k, v, gate, state, None)
     dstates = call.states(q)
     strides, dinitial = strides_of(q, do), None if state is None else dstate
-    _dstate(
-        call.programs, launch_key(q, strides, q, do, dfinal, dinitial),
-        (q, do, dfinal, dstates, decays, kept, dinitial, *call.sizes, *strides), call.constants, call.config,
-    )  # fmt: skip
+    if call.images:
+        _dupdate(
+            call.programs * call.images, launch_key(strides, q, do),
+            (q, do, dstates, decays, *call.sizes, *strides), call.constants, call.config,
+        )  # fmt: skip
+    call.scan(dstates, kept, dfinal, dinitial, True)
     if call.tiles == 0:
         return dq, dk, dv, dgate, dstate
     delta, along = torch.empty_like(lse), torch.empty_like(lse)
     strides = strides_of(q, k, v, do)
-    key = launch_key(q, strides, q, k, v, do)
+    key = launch_key(strides, q, k, v, do)
     _dq(
         call.tiles, key, (q, k, v, do, dq, lse, delta, along, states, decays, *call.sizes, call.scale, *strides),
         call.constants, call.config,
@@ -356,7 +383,7 @@ def chunk_hybrid_attention_bwd(do, dfinal, q, k, v, gate, state, lse, chunk):
     )  # fmt: skip
     strides = strides_of(gate)
     _dgate(
-        call.programs * call.images, launch_key(gate, strides, gate),
+        call.programs * call.images, launch_key(strides, gate),
         (gate, dgate, along, states, dstates, kept, *call.sizes, *strides),
         (call.heads, *widths(q, v)), call.config,
     )  # fmt: skip

@@ -1,61 +1,72 @@
 """Whole Flow-Attention: each direction is four phases, between which sums over all tokens of a head must be complete.
 
-The tokens of a head are cut into `splits` parts, one program each. With one part all phases run in a single launch, and
-the head's q and k stay in the caches of its multiprocessor. With more parts every phase is a launch: a program writes
-its partial sums, and those of the next phase add up all parts, in order, so that results are repeatable.
+Few tokens a head: one program runs all phases in a single launch, and the head's q and k stay in the caches of its
+multiprocessor. Else the tokens of a head are cut into `splits` parts (`parts` where a D x M state is summed), one
+program each, and every phase is a launch: a program writes its partial sums, and those of the next phase add up all
+parts, in order, so that results are repeatable. The partial states are added by a launch of their own.
+
+Bytes, in tensors of q's size: forward 2 (q, k), 2 (q, k), 2 (k, v), 2 (q, y), together 8 where 4 must move; backward
+2 (q, dy), 3 (k, v, dv), 3 (q, dy, dq), 3 (k, v, dk), together 11 where 7 must move.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .flow_attention_configs import flow_config, flow_splits
+from .flow_attention_configs import SLICES, flow_config, flow_splits
 from .flow_features import (
     add,
     clamped,
     features,
     kept,
     launch_key,
-    load_row,
     load_state,
     load_tile,
     mask_strides,
+    narrow,
     precision,
     sequence,
     sigmoid,
-    slope,
     store_state,
     store_tile,
     time_strides,
+    total_of,
     widths,
 )
 from .launch import Launcher
 
-UNSPECIALIZED = ("sinks", "sources", "batch", "splits", "clamp", "eps", "extra")
+UNSPECIALIZED = ("sinks", "sources", "batch", "splits", "parts", "clamp", "eps", "extra")
+ROWS = tl.constexpr(32)  # partial sums loaded at a time
 
 
 @triton.jit
-def _part(split, splits, tokens, TILE: tl.constexpr):
+def part(split, splits, tokens, TILE: tl.constexpr):
     """Tokens begin..end of one part, in whole tiles."""
     size = tl.cdiv(tl.cdiv(tokens, splits), TILE) * TILE
     return tl.minimum(split * size, tokens), tl.minimum(split * size + size, tokens)
 
 
 @triton.jit
-def _total(parts, splits, stride, columns, WIDTH: tl.constexpr):
-    """The sum of one row over all parts."""
-    total, lost = load_row(parts, columns, WIDTH), tl.zeros(columns.shape, tl.float32)
-    for i in range(1, splits):
-        total, lost = add(total, lost, load_row(parts + i * stride, columns, WIDTH))
+def _count(parts, splits):
+    total, offs = splits * 0, tl.arange(0, ROWS)
+    for first in range(0, splits, ROWS):
+        total += tl.sum(tl.load(parts + 2 * (first + offs), mask=first + offs < splits, other=0), 0)
     return total
 
 
 @triton.jit
-def _count(parts, splits):
-    total = tl.load(parts)
-    for i in range(1, splits):
-        total += tl.load(parts + 2 * i)
-    return total
+def _top(tops, parts):
+    """The largest score of all parts, 0 where no source takes part, and the sum of exp(score - it)."""
+    top, total, offs = float("-inf"), 0.0, tl.arange(0, ROWS)
+    for first in range(0, parts, ROWS):
+        rows = first + offs
+        top = tl.maximum(top, tl.max(tl.load(tops + 2 * rows, mask=rows < parts, other=float("-inf")), 0))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    for first in range(0, parts, ROWS):
+        rows = first + offs
+        own = tl.load(tops + 2 * rows, mask=rows < parts, other=float("-inf"))
+        total += tl.sum(tl.exp(own - top) * tl.load(tops + 2 * rows + 1, mask=rows < parts, other=0.0), 0)
+    return top, tl.where(total == 0.0, 1.0, total)
 
 
 @triton.jit
@@ -63,15 +74,14 @@ def _sum_features(
     x, stride, mask, stride_m, begin, end, cols, offs, D: tl.constexpr, RELU: tl.constexpr, TILE: tl.constexpr
 ):
     """(sum of phi, tokens that take part) of a part."""
-    total = tl.zeros(cols.shape, tl.float32)
-    lost, count = total, 0
+    totals, count = tl.zeros([TILE, cols.shape[0]], tl.float32), 0
     for first in range(begin, end, TILE):
         rows = first + offs
         keep = kept(mask, stride_m, rows, rows < end)
-        f = features(load_tile(x, stride, rows, cols, keep, D), keep, cols, D, RELU)
-        total, lost = add(total, lost, tl.sum(f, 0))
-        count += tl.sum(keep.to(tl.int32), 0)
-    return total, count
+        totals += features(load_tile(x, stride, rows, cols, keep, D), keep, cols, D, RELU)
+        if mask is not None:
+            count += tl.sum(keep.to(tl.int32), 0)
+    return tl.sum(totals, 0), count if mask is not None else tl.maximum(end - begin, 0)
 
 
 @triton.jit
@@ -80,8 +90,7 @@ def _first_flow(
     D: tl.constexpr, RELU: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Stores x (+) other as the flow of each token; the sum of x / flow. Where nothing flows the flow is 1."""
-    total = tl.zeros(cols.shape, tl.float32)
-    lost = total
+    totals = tl.zeros([TILE, cols.shape[0]], tl.float32)
     for first in range(begin, end, TILE):
         rows = first + offs
         inside = rows < end
@@ -90,20 +99,21 @@ def _first_flow(
         flow = tl.sum((f + eps_row[None, :]) * (other + eps_row)[None, :], 1) + extra
         flow = tl.where(keep & (alone == 0), flow, 1.0)
         tl.store(flows + rows, flow, mask=inside)
-        total, lost = add(total, lost, tl.sum(f / flow[:, None], 0))
-    return total
+        totals += f * (1.0 / flow)[:, None]
+    return tl.sum(totals, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def flow_attention_fwd_kernel(
     q, k, v, y, flows_q, flows_k, sums, lse, kv, counts, firsts, seconds, tops, states, key_mask, query_mask, cu,
-    sinks, sources, batch, splits, clamp, eps, extra, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
-    stride_vb, stride_vt, stride_vh, stride_kmb, stride_kmt, stride_qmb, stride_qmt,
+    sinks, sources, batch, splits, parts, clamp, eps, extra, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
+    stride_kh, stride_vb, stride_vt, stride_vh, stride_kmb, stride_kmt, stride_qmb, stride_qmt,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """STAGE 1..4 runs one phase, 0 all of them. Partial sums: counts, firsts, seconds, (tops, states) by phase."""
-    index, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    pieces = parts if STAGE == 3 else splits
+    index, split = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     s, h = index // HEADS, index % HEADS
     index = tl.cast(index, tl.int64)
     row, start, length_q = sequence(s, cu, sinks, sinks)
@@ -120,17 +130,13 @@ def flow_attention_fwd_kernel(
         key_mask += row * stride_kmb + start * stride_kmt
     if query_mask is not None:
         query_mask += row * stride_qmb + start * stride_qmt
-    own = index * splits + split
+    own = index * pieces + split
     counts_own, firsts_own, seconds_own = counts + own * 2, firsts + own * 2 * D, seconds + own * 2 * D
-    counts, firsts, seconds = (
-        counts + index * splits * 2,
-        firsts + index * splits * 2 * D,
-        seconds + index * splits * 2 * D,
-    )
-    tops_own, states_own = tops + own * 2, states + own * D * M
-    tops, states = tops + index * splits * 2, states + index * splits * D * M
-    begin_q, end_q = _part(split, splits, length_q, TILE)
-    begin_k, end_k = _part(split, splits, length_k, TILE)
+    counts, firsts = counts + index * splits * 2, firsts + index * splits * 2 * D
+    seconds += index * splits * 2 * D
+    tops_own, states_own, tops = tops + own * 2, states + own * D * M, tops + index * parts * 2
+    begin_q, end_q = part(split, pieces, length_q, TILE)
+    begin_k, end_k = part(split, pieces, length_k, TILE)
     cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, TILE)
     eps_row = tl.where(cols < D, eps, 0.0)
 
@@ -142,11 +148,11 @@ def flow_attention_fwd_kernel(
         tl.store(firsts_own + cols, q1, mask=cols < D)
         tl.store(firsts_own + D + cols, k1, mask=cols < D)
         tl.debug_barrier()
-    if STAGE != 1:
+    if STAGE != 1 and STAGE != 3:
         count_q, count_k = _count(counts, splits), _count(counts + 1, splits)
         alone = (count_q == 0) | (count_k == 0)
     if STAGE == 0 or STAGE == 2:
-        q1, k1 = _total(firsts, splits, 2 * D, cols, D), _total(firsts + D, splits, 2 * D, cols, D)
+        q1, k1 = total_of(firsts, splits, 2 * D, cols, D), total_of(firsts + D, splits, 2 * D, cols, D)
         q2 = _first_flow(
             q, stride_qt, query_mask, stride_qmt, begin_q, end_q, cols, offs, k1, alone, eps_row, extra, flows_q,
             D, RELU, TILE,
@@ -163,7 +169,7 @@ def flow_attention_fwd_kernel(
             tl.store(at + D, q1, mask=cols < D)
         tl.debug_barrier()
     if STAGE == 0 or STAGE == 3:
-        q2 = _total(seconds, splits, 2 * D, cols, D)
+        q2 = total_of(seconds, splits, 2 * D, cols, D)
         top, total, total_lost = float("-inf"), 0.0, 0.0
         state = tl.zeros([BD, BM], tl.float32)
         for first in range(begin_k, end_k, TILE):
@@ -179,33 +185,27 @@ def flow_attention_fwd_kernel(
             shrink = tl.exp(top - finite)
             x = tl.exp(score - finite)
             total, total_lost = add(total * shrink, total_lost * shrink, tl.sum(x, 0))
-            values = load_tile(v, stride_vt, rows, cols_v, keep, M) * x[:, None]
-            state = tl.dot(tl.trans(f), values, state * shrink, input_precision=PRECISION)
+            values = narrow(load_tile(v, stride_vt, rows, cols_v, keep, M) * x[:, None], v)
+            state = tl.dot(tl.trans(narrow(f, k)), values, state * shrink, input_precision=PRECISION)
             top = new_top
         tl.store(tops_own, top)
         tl.store(tops_own + 1, total)
-        store_state(states_own, cols, cols_v, state, D, M)
+        if STAGE == 0:  # this one part is the whole
+            tl.debug_barrier()
+            top, total = _top(tops, 1)
+            state *= count_k / total
+            tl.store(lse + index, top + tl.log(total))
+            store_state(kv + index * D * M, cols, cols_v, state, D, M)
+        else:
+            store_state(states_own, cols, cols_v, state, D, M)
         tl.debug_barrier()
     if STAGE == 0 or STAGE == 4:
-        k2 = _total(seconds + D, splits, 2 * D, cols, D)
-        top = tl.load(tops)
-        for i in range(1, splits):
-            top = tl.maximum(top, tl.load(tops + 2 * i))
-        top = tl.where(top == float("-inf"), 0.0, top)
-        total = 0.0
-        state = tl.zeros([BD, BM], tl.float32)
-        for i in range(0, splits):
-            shrink = tl.exp(tl.load(tops + 2 * i) - top)
-            total += tl.load(tops + 2 * i + 1) * shrink
-            state += load_state(states + tl.cast(i, tl.int64) * D * M, cols, cols_v, D, M) * shrink
-        total = tl.where(total == 0.0, 1.0, total)
-        state *= count_k / total
+        k2 = total_of(seconds + D, splits, 2 * D, cols, D)
         if split == 0:
             at = sums + index * 4 * D + 2 * D + cols
             tl.store(at, k2, mask=cols < D)
-            tl.store(at + D, _total(seconds, splits, 2 * D, cols, D), mask=cols < D)
-            tl.store(lse + index, top + tl.log(total))
-            store_state(kv + index * D * M, cols, cols_v, state, D, M)
+            tl.store(at + D, total_of(seconds, splits, 2 * D, cols, D), mask=cols < D)
+        state = load_state(kv + index * D * M, cols, cols_v, D, M)
         ratio = count_q / tl.maximum(count_k, 1).to(tl.float32)
         for first in range(begin_q, end_q, TILE):
             rows = first + offs
@@ -215,215 +215,61 @@ def flow_attention_fwd_kernel(
             conserved = tl.sum((f + eps_row[None, :]) * (k2 + eps_row)[None, :], 1) + extra
             tl.store(flows_q + plane_q + rows, conserved, mask=inside)
             factor = sigmoid(conserved * ratio) / tl.load(flows_q + rows, mask=inside, other=1.0)
-            out = tl.dot(f, state, input_precision=PRECISION) * factor[:, None]
+            out = tl.dot(narrow(f, q), narrow(state, q), input_precision=PRECISION) * factor[:, None]
             store_tile(y, HEADS * M, rows, cols_v, inside, out, M)
 
 
-@triton.jit(do_not_specialize=UNSPECIALIZED)
-def flow_attention_bwd_kernel(
-    dy, q, k, v, dq, dk, dv, flows_q, flows_k, sums, lse, kv, r_q, t_k, dout_k, counts, firsts, seconds, thirds, states,
-    key_mask, query_mask, cu, sinks, sources, batch, splits, clamp, eps, stride_yb, stride_yt, stride_yh, stride_qb,
-    stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_kmb, stride_kmt,
-    stride_qmb, stride_qmt,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, TILE: tl.constexpr,
+@triton.jit(do_not_specialize=("splits", "parts"))
+def flow_attention_gather_kernel(
+    states, tops, counts, total_state, lse, splits, parts,
+    D: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, ROWS_EACH: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums by phase: (firsts (1), states), seconds (4 rows and a scalar), thirds (1). r, t, dO by token."""
-    index, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    s, h = index // HEADS, index % HEADS
+    """The state of a head from those of its parts, SLICE rows a program; with tops, as softmax times the sources."""
+    index, piece = tl.program_id(0) // SLICE, tl.program_id(0) % SLICE
     index = tl.cast(index, tl.int64)
-    row, start, length_q = sequence(s, cu, sinks, sinks)
-    length_k = sources if cu is None else length_q
-    row, start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
-    dy += row * stride_yb + start * stride_yt + h * stride_yh
-    q += row * stride_qb + start * stride_qt + h * stride_qh
-    k += row * stride_kb + start * stride_kt + h // GROUP * stride_kh
-    v += row * stride_vb + start * stride_vt + h // GROUP * stride_vh
-    offset_q, offset_k = (row * sinks + start) * HEADS + h, (row * sources + start) * HEADS + h
-    dq, dk, dv = dq + offset_q * D, dk + offset_k * D, dv + offset_k * M
-    plane_q, plane_k = batch * HEADS * tl.cast(sinks, tl.int64), batch * HEADS * tl.cast(sources, tl.int64)
-    scalars_q, scalars_k = (row * HEADS + h) * sinks + start, (row * HEADS + h) * sources + start
-    flows_q, r_q = flows_q + scalars_q, r_q + scalars_q
-    flows_k, t_k, dout_k = flows_k + scalars_k, t_k + scalars_k, dout_k + scalars_k
-    if key_mask is not None:
-        key_mask += row * stride_kmb + start * stride_kmt
-    if query_mask is not None:
-        query_mask += row * stride_qmb + start * stride_qmt
-    own = index * splits + split
-    SECOND: tl.constexpr = 3 * D + 1
-    firsts_own, firsts = firsts + own * D, firsts + index * splits * D
-    seconds_own, seconds = seconds + own * SECOND, seconds + index * splits * SECOND
-    thirds_own, thirds = thirds + own * D, thirds + index * splits * D
-    states_own, states = states + own * D * M, states + index * splits * D * M
-    begin_q, end_q = _part(split, splits, length_q, TILE)
-    begin_k, end_k = _part(split, splits, length_k, TILE)
-    cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, TILE)
-    eps_row = tl.where(cols < D, eps, 0.0)
-    sums += index * 4 * D
-    count_q, count_k = length_q, length_k
-    if counts is not None:
-        count_q, count_k = tl.load(counts + 2 * s), tl.load(counts + 2 * s + 1)
-    alone = (count_q == 0) | (count_k == 0)
-    ratio = count_q / tl.maximum(count_k, 1).to(tl.float32)
-
-    if STAGE == 0 or STAGE == 1:
-        kv_tile = load_state(kv + index * D * M, cols, cols_v, D, M)
-        dk2 = tl.zeros([BD], tl.float32)
-        lost, dkv = dk2, tl.zeros([BD, BM], tl.float32)
-        for first in range(begin_q, end_q, TILE):
-            rows = first + offs
-            inside = rows < end_q
-            keep = kept(query_mask, stride_qmt, rows, inside) & (alone == 0)
-            f = features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, D, RELU)
-            conserved = tl.load(flows_q + plane_q + rows, mask=keep, other=0.0) * ratio
-            factor = sigmoid(conserved) / tl.load(flows_q + rows, mask=keep, other=1.0)
-            grads = load_tile(dy, stride_yt, rows, cols_v, keep, M) * factor[:, None]
-            r = tl.sum(f * tl.dot(grads, tl.trans(kv_tile), input_precision=PRECISION), 1)
-            tl.store(r_q + rows, r, mask=inside)
-            d_conserved = tl.where(keep, ratio * sigmoid(-conserved) * r, 0.0)
-            dk2, lost = add(dk2, lost, tl.sum(d_conserved[:, None] * (f + eps_row[None, :]), 0))
-            dkv = tl.dot(tl.trans(f), grads, dkv, input_precision=PRECISION)
-        tl.store(firsts_own + cols, dk2, mask=cols < D)
-        store_state(states_own, cols, cols_v, dkv, D, M)
-        tl.debug_barrier()
-    if STAGE != 1 and STAGE != 3:
-        dkv = tl.zeros([BD, BM], tl.float32)
-        for i in range(0, splits):
-            dkv += load_state(states + tl.cast(i, tl.int64) * D * M, cols, cols_v, D, M)
-    if STAGE != 1:
-        dk2 = _total(firsts, splits, D, cols, D)
-        log_total = tl.load(lse + index)
-    if STAGE == 0 or STAGE == 2:
-        g1 = tl.zeros([BD], tl.float32)
-        g2, dq1, g1_lost, g2_lost, dq1_lost = g1, g1, g1, g1, g1
-        total_t, t_lost = 0.0, 0.0
-        for first in range(begin_k, end_k, TILE):
-            rows = first + offs
-            inside = rows < end_k
-            keep = kept(key_mask, stride_kmt, rows, inside) & (alone == 0)
-            f = features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, D, RELU)
-            flow = tl.load(flows_k + rows, mask=keep, other=1.0)
-            conserved = tl.load(flows_k + plane_k + rows, mask=keep, other=0.0)
-            w = tl.where(keep, count_k * tl.exp(clamped(conserved, clamp) - log_total), 0.0)
-            d_values = tl.dot(f, dkv, input_precision=PRECISION) * w[:, None]
-            store_tile(dv, HEADS * M, rows, cols_v, inside, d_values, M)
-            t = tl.sum(d_values * load_tile(v, stride_vt, rows, cols_v, keep, M), 1)
-            d_out = tl.where(keep, -tl.sum(f * dk2[None, :], 1) / (flow * flow), 0.0)
-            tl.store(t_k + rows, t, mask=inside)
-            tl.store(dout_k + rows, d_out, mask=inside)
-            inner = keep & (conserved <= clamp) & (conserved >= -clamp)
-            f += eps_row[None, :]
-            g1, g1_lost = add(g1, g1_lost, tl.sum(tl.where(inner, t, 0.0)[:, None] * f, 0))
-            g2, g2_lost = add(g2, g2_lost, tl.sum(tl.where(inner, w, 0.0)[:, None] * f, 0))
-            dq1, dq1_lost = add(dq1, dq1_lost, tl.sum(d_out[:, None] * f, 0))
-            total_t, t_lost = add(total_t, t_lost, tl.sum(t, 0))
-        tl.store(seconds_own + cols, g1, mask=cols < D)
-        tl.store(seconds_own + D + cols, g2, mask=cols < D)
-        tl.store(seconds_own + 2 * D + cols, dq1, mask=cols < D)
-        tl.store(seconds_own + 3 * D, total_t)
-        tl.debug_barrier()
-    if STAGE == 0 or STAGE == 3 or STAGE == 4:
-        mean_t = 0.0
-        for i in range(0, splits):
-            mean_t += tl.load(seconds + tl.cast(i, tl.int64) * SECOND + 3 * D)
-        mean_t /= tl.maximum(count_k, 1).to(tl.float32)
-    if STAGE == 0 or STAGE == 3:
-        dq2 = _total(seconds, splits, SECOND, cols, D) - mean_t * _total(seconds + D, splits, SECOND, cols, D)
-        dq1 = _total(seconds + 2 * D, splits, SECOND, cols, D)
-        k1, k2 = load_row(sums, cols, D) + eps_row, load_row(sums + 2 * D, cols, D) + eps_row
-        kv_tile = load_state(kv + index * D * M, cols, cols_v, D, M)
-        dk1 = tl.zeros([BD], tl.float32)
-        lost = dk1
-        for first in range(begin_q, end_q, TILE):
-            rows = first + offs
-            inside = rows < end_q
-            keep = kept(query_mask, stride_qmt, rows, inside) & (alone == 0)
-            raw = load_tile(q, stride_qt, rows, cols, keep, D)
-            f = features(raw, keep, cols, D, RELU)
-            conserved = tl.load(flows_q + plane_q + rows, mask=keep, other=0.0) * ratio
-            a = 1.0 / tl.load(flows_q + rows, mask=keep, other=1.0)
-            grads = load_tile(dy, stride_yt, rows, cols_v, keep, M) * (sigmoid(conserved) * a)[:, None]
-            r = tl.load(r_q + rows, mask=keep, other=0.0)
-            d_conserved = ratio * sigmoid(-conserved) * r
-            d_in = tl.where(keep, -a * r - a * a * tl.sum(f * dq2[None, :], 1), 0.0)
-            d = tl.dot(grads, tl.trans(kv_tile), input_precision=PRECISION)
-            d += d_conserved[:, None] * k2[None, :] + a[:, None] * dq2[None, :]
-            d += d_in[:, None] * k1[None, :] + dq1[None, :]
-            d = tl.where(keep[:, None], d * slope(raw, f, RELU), 0.0)
-            store_tile(dq, HEADS * D, rows, cols, inside, d, D)
-            dk1, lost = add(dk1, lost, tl.sum(d_in[:, None] * (f + eps_row[None, :]), 0))
-        tl.store(thirds_own + cols, dk1, mask=cols < D)
-        tl.debug_barrier()
-    if STAGE == 0 or STAGE == 4:
-        dk1 = _total(thirds, splits, D, cols, D)
-        q1, q2 = load_row(sums + D, cols, D) + eps_row, load_row(sums + 3 * D, cols, D) + eps_row
-        for first in range(begin_k, end_k, TILE):
-            rows = first + offs
-            inside = rows < end_k
-            keep = kept(key_mask, stride_kmt, rows, inside) & (alone == 0)
-            raw = load_tile(k, stride_kt, rows, cols, keep, D)
-            f = features(raw, keep, cols, D, RELU)
-            conserved = tl.load(flows_k + plane_k + rows, mask=keep, other=0.0)
-            w = tl.where(keep, count_k * tl.exp(clamped(conserved, clamp) - log_total), 0.0)
-            values = load_tile(v, stride_vt, rows, cols_v, keep, M) * w[:, None]
-            inner = keep & (conserved <= clamp) & (conserved >= -clamp)
-            d_conserved = tl.where(inner, tl.load(t_k + rows, mask=keep, other=0.0) - w * mean_t, 0.0)
-            b = 1.0 / tl.load(flows_k + rows, mask=keep, other=1.0)
-            d_out = tl.load(dout_k + rows, mask=keep, other=0.0)
-            d = tl.dot(values, tl.trans(dkv), input_precision=PRECISION)
-            d += d_conserved[:, None] * q2[None, :] + b[:, None] * dk2[None, :]
-            d += d_out[:, None] * q1[None, :] + dk1[None, :]
-            d = tl.where(keep[:, None], d * slope(raw, f, RELU), 0.0)
-            store_tile(dk, HEADS * D, rows, cols, inside, d, D)
-
-
-@triton.jit(do_not_specialize=("sinks", "sources"))
-def flow_attention_count_kernel(
-    counts, key_mask, query_mask, cu, sinks, sources, stride_kmb, stride_kmt, stride_qmb, stride_qmt, TILE: tl.constexpr
-):
-    """(sinks, sources) of every sequence that take part, under a mask."""
-    s = tl.program_id(0)
-    row, start, length_q = sequence(s, cu, sinks, sinks)
-    length_k = sources if cu is None else length_q
-    row, start, offs = tl.cast(row, tl.int64), tl.cast(start, tl.int64), tl.arange(0, TILE)
-    count_q, count_k = length_q, length_k
-    if query_mask is not None:
-        count_q = length_q * 0
-        for first in range(0, length_q, TILE):
-            rows = first + offs
-            at = query_mask + row * stride_qmb + start * stride_qmt
-            count_q += tl.sum(kept(at, stride_qmt, rows, rows < length_q).to(tl.int32), 0)
-    if key_mask is not None:
-        count_k = length_k * 0
-        for first in range(0, length_k, TILE):
-            rows = first + offs
-            at = key_mask + row * stride_kmb + start * stride_kmt
-            count_k += tl.sum(kept(at, stride_kmt, rows, rows < length_k).to(tl.int32), 0)
-    tl.store(counts + s * 2, count_q)
-    tl.store(counts + s * 2 + 1, count_k)
+    rows, cols_v = piece * ROWS_EACH + tl.arange(0, ROWS_EACH), tl.arange(0, BM)
+    states += index * parts * D * M
+    state = tl.zeros([ROWS_EACH, BM], tl.float32)
+    top, total = 0.0, 1.0
+    if tops is not None:
+        tops += index * parts * 2
+        top, total = _top(tops, parts)
+    for i in range(0, parts):
+        own = load_state(states + tl.cast(i, tl.int64) * D * M, rows, cols_v, D, M)
+        if tops is not None:
+            own *= tl.exp(tl.load(tops + 2 * i) - top)
+        state += own
+    if tops is not None:
+        state *= _count(counts + index * splits * 2 + 1, splits) / total
+        tl.store(lse + index, top + tl.log(total))
+    store_state(total_state + index * D * M, rows, cols_v, state, D, M)
 
 
 _fwd = Launcher(flow_attention_fwd_kernel)
-_bwd = Launcher(flow_attention_bwd_kernel)
-_counts = Launcher(flow_attention_count_kernel)
+_gather = Launcher(flow_attention_gather_kernel)
 
 
-def _phases(launcher, splits, programs, key, arguments, constants, config):
-    for stage in (0,) if splits == 1 else (1, 2, 3, 4):
-        launcher(programs * splits, key, arguments, (*constants, stage), config)
-
-
-def _plan(q, k, v, cu):
-    """(states, splits, config, what is new: rows behind the last sequence belong to no program)."""
-    config = flow_config(q.dtype, max(q.shape[3], v.shape[3]))
+def plan(q, k, v, cu):
+    """(states, splits, parts, what is new: rows behind the last sequence belong to no program)."""
     states = q.shape[0] if cu is None else cu.shape[0] - 1
-    splits = flow_splits(states * q.shape[2], max(q.shape[1], k.shape[1]), config[0])
-    return states, splits, config, q.new_empty if cu is None else q.new_zeros
+    splits, parts = flow_splits(states * q.shape[2], max(q.shape[1], k.shape[1]))
+    return states, splits, parts, q.new_empty if cu is None else q.new_zeros
+
+
+def add_states(partial, tops, counts, whole, lse, splits):
+    """Adds the parts' states (programs, parts, D, M) up."""
+    programs, parts, width, width_v = partial.shape
+    block, block_v = (max(16, triton.next_power_of_2(n)) for n in (width, width_v))
+    _gather(
+        programs * SLICES, launch_key((), partial, tops, counts, whole, lse),
+        (partial, tops, counts, whole, lse, splits, parts),
+        (width, width_v, block_v, block // SLICES, SLICES), (4, 1),
+    )  # fmt: skip
 
 
 def flow_attention_fwd(q, k, v, key_mask, query_mask, cu, relu, clamp, eps, extra):
     (batch, sinks, heads, width), sources, width_v = q.shape, k.shape[1], v.shape[3]
-    states, splits, config, new = _plan(q, k, v, cu)
+    states, splits, parts, new = plan(q, k, v, cu)
     y = new((batch, sinks, heads, width_v))
     flows_q, flows_k = (new((2, batch, heads, n), dtype=torch.float32) for n in (sinks, sources))
     sums, lse = flows_q.new_empty((states, heads, 4, width)), flows_q.new_empty((states, heads))
@@ -431,52 +277,19 @@ def flow_attention_fwd(q, k, v, key_mask, query_mask, cu, relu, clamp, eps, extr
     programs = states * heads
     if programs == 0:
         return y, flows_q, flows_k, sums, lse, kv
-    parts = (programs, splits)
-    counts = q.new_empty((*parts, 2), dtype=torch.int32)
-    firsts, seconds, tops = (flows_q.new_empty((*parts, n)) for n in (2 * width, 2 * width, 2))
-    partial = flows_q.new_empty((*parts, width, width_v))
+    counts = q.new_empty((programs, splits, 2), dtype=torch.int32)
+    firsts, seconds = (flows_q.new_empty((programs, splits, 2 * width)) for _ in range(2))
+    tops, partial = (flows_q.new_empty((programs, parts, *shape)) for shape in ((2,), (width, width_v)))
     strides = (*time_strides(q, k, v), *mask_strides(key_mask), *mask_strides(query_mask))
-    _phases(
-        _fwd, splits, programs,
-        launch_key(q, strides, q, k, v, key_mask, query_mask, cu),
-        (
-            q, k, v, y, flows_q, flows_k, sums, lse, kv, counts, firsts, seconds, tops, partial, key_mask, query_mask,
-            cu, sinks, sources, batch, splits, clamp, eps, extra, *strides,
-        ),
-        (heads, heads // k.shape[2], *widths(q, v), relu, precision(q.dtype)),
-        config,
+    key = launch_key(strides, q, k, v, key_mask, query_mask, cu)
+    arguments = (
+        q, k, v, y, flows_q, flows_k, sums, lse, kv, counts, firsts, seconds, tops, partial, key_mask, query_mask, cu,
+        sinks, sources, batch, splits, parts, clamp, eps, extra, *strides,
     )  # fmt: skip
+    constants = (heads, heads // k.shape[2], *widths(q, v), relu, precision(q.dtype))
+    for stage in (0,) if splits == 1 else (1, 2, 3, 4):
+        if stage == 4:
+            add_states(partial, tops, counts, kv, lse, splits)
+        config = flow_config(q.dtype, constants[4:6], "fwd", stage)
+        _fwd(programs * (parts if stage == 3 else splits), key, arguments, (*constants, stage), config)
     return y, flows_q, flows_k, sums, lse, kv
-
-
-def flow_attention_bwd(dy, q, k, v, key_mask, query_mask, cu, flows_q, flows_k, sums, lse, kv, relu, clamp, eps, extra):
-    (batch, sinks, heads, width), sources, width_v = q.shape, k.shape[1], v.shape[3]
-    states, splits, config, new = _plan(q, k, v, cu)
-    dq, dk = new(q.shape), new((batch, sources, heads, width))
-    dv = new((batch, sources, heads, width_v))
-    programs = states * heads
-    if programs == 0:
-        return dq, dk, dv
-    masks = (*mask_strides(key_mask), *mask_strides(query_mask))
-    counts = None
-    if key_mask is not None or query_mask is not None:
-        counts = q.new_empty((states, 2), dtype=torch.int32)
-        _counts(
-            states, launch_key(q, masks, key_mask, query_mask, cu),
-            (counts, key_mask, query_mask, cu, sinks, sources, *masks), (), (1024, 4, 1),
-        )  # fmt: skip
-    r, t, d_out = (flows_q.new_empty((batch, heads, n)) for n in (sinks, sources, sources))
-    firsts, seconds, thirds = (flows_q.new_empty((programs, splits, n)) for n in (width, 3 * width + 1, width))
-    partial = flows_q.new_empty((programs, splits, width, width_v))
-    strides = (*time_strides(dy, q, k, v), *masks)
-    _phases(
-        _bwd, splits, programs,
-        launch_key(q, strides, dy, q, k, v, key_mask, query_mask, cu, counts),
-        (
-            dy, q, k, v, dq, dk, dv, flows_q, flows_k, sums, lse, kv, r, t, d_out, counts, firsts, seconds, thirds,
-            partial, key_mask, query_mask, cu, sinks, sources, batch, splits, clamp, eps, *strides,
-        ),
-        (heads, heads // k.shape[2], *widths(q, v), relu, precision(q.dtype)),
-        config,
-    )  # fmt: skip
-    return dq, dk, dv

@@ -1,33 +1,63 @@
 """Tile shapes and splits of the Flow-Attention kernels and of chunk_hybrid_attention, in one place for tuning.
 
-A configuration is (tokens of a tile, num_warps, num_stages). Not yet measured on a GPU: the shapes are those that fit
-shared memory and registers by count.
+A configuration is (tokens of a tile, num_warps, num_stages). Tiles of 64 tokens run on the asynchronous tensor cores of
+an H100; with widths below 64 they would be cut into products of 16 columns, which Triton 3.6 miscompiles (wrong results
+and shared memory out of range in chunk_hybrid_attention, D=20, M=12, 2026-11-23), so that these take 32 tokens.
+
+Warps and stages keep a kernel of 64 columns in its registers (compiled for sm_90; not yet timed). With two stages the
+compiler applies phi twice, once for each layout that a tile is read in, so that phases which also sum rows take one.
 """
 
 import torch
 import triton
 
-PROGRAMS = 264  # two for each multiprocessor of an H100
-MOST_SPLITS = 64  # parts of one head: each part adds up the partial sums of all
+PROGRAMS = 1056  # eight for each multiprocessor of an H100: phases that only stream
+STATE_PROGRAMS = 528  # four: phases that sum a D x M state, or write as much
+CAUSAL_PROGRAMS = 528  # a program first adds up the sums of all segments before its own
+SHORTEST_PART = 256  # tokens
+LONGEST_PART = 16384  # tokens: bounds the additions in one float32 accumulator
+SLICES = 8  # programs that add the partial states of one head
+
+# (num_warps, num_stages) of tiles of 64 tokens, by direction and phase; 4 and 1 where not named.
+WHOLE = {("bwd", 0): (8, 1), ("bwd", 1): (4, 2), ("bwd", 2): (8, 1), ("bwd", 3): (8, 2), ("bwd", 4): (8, 2)}
+CAUSAL = {("bwd", 0): (8, 1), ("bwd", 1): (8, 1), ("bwd", 4): (8, 1)}
 
 
-def flow_config(dtype, width):
-    if width > 64 and dtype == torch.float32:  # states of 64 KiB, several at a time
-        return (16, 4, 1)
-    return (64, 4, 2) if width <= 64 else (32, 4, 2)
+def _tile(dtype, blocks):
+    if max(blocks) > 64 and dtype == torch.float32:  # states of 64 KiB, several at a time
+        return 16
+    return 64 if min(blocks) >= 64 and max(blocks) <= 64 else 32
 
 
-def flow_splits(heads, tokens, tile):
-    """Parts into which the tokens of one head are cut. 1: a single launch, with the head's phases in one program."""
-    wanted = triton.cdiv(PROGRAMS, max(heads, 1))
-    return max(1, min(wanted, triton.cdiv(tokens, 4 * tile), MOST_SPLITS))
+def _config(table, dtype, blocks, direction, stage):
+    tile = _tile(dtype, blocks)
+    return (tile, *(table.get((direction, stage), (4, 1)) if tile == 64 else (4, 1)))
 
 
-def causal_config(dtype, width):
-    if width > 64 and dtype == torch.float32:
-        return (16, 4, 1)
-    return (64, 4, 1) if width <= 64 else (32, 4, 1)
+def flow_config(dtype, blocks, direction, stage):
+    """blocks: (BD, BM); stage: 0 for all phases at once, or the phase."""
+    return _config(WHOLE, dtype, blocks, direction, stage)
 
 
-def hybrid_config(dtype, width):
-    return (64, 4, 2) if width <= 64 else (32, 4, 2)
+def causal_config(dtype, blocks, direction, stage):
+    """As flow_config; all phases of a direction have the same tile, whose sums are saved."""
+    return _config(CAUSAL, dtype, blocks, direction, stage)
+
+
+def hybrid_config(dtype, blocks):
+    return (_tile(dtype, blocks), 4, 2)
+
+
+def _pieces(programs, heads, tokens):
+    most, least = max(1, triton.cdiv(tokens, SHORTEST_PART)), triton.cdiv(tokens, LONGEST_PART)
+    return max(least, min(triton.cdiv(programs, max(heads, 1)), most))
+
+
+def flow_splits(heads, tokens):
+    """(parts of the phases that stream, parts of those with a state) of one head; (1, 1): a single launch."""
+    return tuple(_pieces(n, heads, tokens) for n in (PROGRAMS, STATE_PROGRAMS))
+
+
+def causal_segments(heads, tokens):
+    """Parts of one head in the causal form; 1: a single launch."""
+    return _pieces(CAUSAL_PROGRAMS, heads, tokens)

@@ -11,8 +11,8 @@ import torch
 
 
 def alignments(*tensors):
-    """What Triton specialises a pointer on: None, or whether it is a multiple of 16 bytes."""
-    return tuple(None if x is None else x.data_ptr() % 16 == 0 for x in tensors)
+    """What Triton specialises a pointer on: None, or its element type and whether it is a multiple of 16 bytes."""
+    return tuple(None if x is None else (x.dtype, x.data_ptr() % 16 == 0) for x in tensors)
 
 
 @functools.cache

@@ -134,6 +134,8 @@ TRITON_OPS = {
     for direction in ("fwd", "bwd")
 } | {
     "axial_attention_qkvpacked_bwd": "axial_attention",
+    "causal_flow_attention_bwd": "causal_flow_attention_bwd",
+    "flow_attention_bwd": "flow_attention_bwd",
     "grid_retention_fwd": "grid_retention",
     "varlen_attention_bwd": "varlen_attention_bwd",
     "varlen_attention_disentangled_fwd": "disentangled_attention",

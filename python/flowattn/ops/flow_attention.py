@@ -85,7 +85,8 @@ def flow_attention(
 
     Gradients: q, k, v and the float parts of the state. Deterministic. Host sync: none, except in the reference.
     Cost: (L + S) D M multiply-adds a head, memory O(L + S), without the (T, D, M) tensors of the published code. Whole:
-    three reductions, so up to four passes over q and k. Causal: one pass from left to right.
+    three reductions, so up to four passes over q and k. Causal: one pass from left to right; on a GPU five, which work
+    on all parts of a sequence at once.
     Source: Wu et al., Flowformer: Linearizing Transformers with Conservation Flows (2022).
 
     >>> q = torch.zeros(1, 3, 1, 2)
