@@ -21,12 +21,13 @@ class Launcher:
         self.kernel = kernel
         self.compiled = {}
 
-    def __call__(self, programs, key, arguments, constants, config):
+    def __call__(self, programs, key, arguments, constants, config, **options):
         """Launch `programs` programs.
 
         key: all that changes the compiled code: dtypes, alignments, strides, constants.
         arguments: run-time arguments in order; constants: the constexpr ones, in the kernel's order; config: the tile
-        shape, as (constexpr values, num_warps, num_stages).
+        shape, as (constexpr values, num_warps, num_stages); options: further ones of the compiler, which a constant
+        must tell apart.
         """
         device = arguments[0].device
         other = device.type == "cuda" and device.index != torch.cuda.current_device()
@@ -37,5 +38,5 @@ class Launcher:
                 compiled[(programs, 1, 1)](*arguments, *constants, *config[:-2])
             else:  # Triton's interpreter returns None
                 self.compiled[key] = self.kernel[(programs,)](
-                    *arguments, *constants, *config[:-2], num_warps=config[-2], num_stages=config[-1]
+                    *arguments, *constants, *config[:-2], num_warps=config[-2], num_stages=config[-1], **options
                 )

@@ -58,6 +58,7 @@ class Network:
     """What the solvers need of a block under given conditions, for tokens like `z` (B, T, D)."""
 
     native = False
+    sequential = None  # or a method that does all steps itself: (tokens, z, guidance, begin, rule, what, clamp) -> info
 
     def __init__(self, block, z, conditions, cache=None):
         self.block, self.conditions = block, conditions
