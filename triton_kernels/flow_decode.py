@@ -97,7 +97,7 @@ class FlowDecode:
         self.splits = configs.splits(config, self.rows * spec.kv_heads, self.few)
         merges = self.few or self.splits > 1
         self.pieces = empty(self.splits, self.rows, self.inner) if merges else None
-        self.lse = empty(self.splits, self.rows, spec.heads) if merges else None
+        self.lse = empty(self.splits, self.rows, self.inner) if merges else None
         if not self.few:
             self.x, self.seen = (empty(self.rows, n, dtype=self.dtype) for n in (self.width, self.inner))
         feature_block = min(configs.power(self.features), max(4096 // configs.power(self.width), 1))
@@ -182,29 +182,31 @@ class FlowDecode:
         return (*layer.qkv, self.rope, self.position, self.raw, self.q, *self._cache(number))
 
     def _few_tile(self, columns, depth, depths=1):
+        """(R, BK, BN), and warps."""
         rows = configs.power(self.rows)
-        return rows, depth, configs.few_columns(self.config, rows, columns, depth, depths)
+        columns = configs.few_columns(self.config, rows, columns, depth, depths)
+        return (rows, depth, columns), configs.few_warps(self.config, depth)
 
     def _few_attend(self, number, layer, scale, added, post):
         """Adds the launches; returns the parts that the layer's attention leaves to be added."""
         heads, kv_heads, head_dim = self._heads()
-        columns, warps, inner = (heads + 2 * kv_heads) * head_dim, self.config.few_warps, self.inner
-        tile = self._few_tile(columns, configs.power(self.width))
+        columns, inner = (heads + 2 * kv_heads) * head_dim, self.inner
+        tile, warps = self._few_tile(columns, configs.power(self.width))
         arguments = (*self.streams, self.parts, post, layer.norm1, *self._qkv_arguments(number, layer))
         constants = (self.width, *self._heads(), added, *self.norms, self.early)
         self._add(_qkv, triton.cdiv(columns, tile[2]), arguments, constants, tile, warps)
         self._add_attention(number, layer, scale)
         depth = configs.few_depth(inner)
         depths = triton.cdiv(inner, depth)
-        tile = self._few_tile(self.width, depth, depths)
+        tile, warps = self._few_tile(self.width, depth, depths)
         arguments = (self.pieces, self.lse, *layer.proj, self.parts, self.rows)
         constants = (self.width, heads, head_dim, self.splits, self.early)
         self._add(_proj, triton.cdiv(self.width, tile[2]) * depths, arguments, constants, tile, warps)
         return depths
 
     def _few_mlp(self, layer, added):
-        hidden, warps = self.hidden_width, self.config.few_warps
-        tile = self._few_tile(hidden, configs.power(self.width))
+        hidden = self.hidden_width
+        tile, warps = self._few_tile(hidden, configs.power(self.width))
         gate = (None, None) if layer.gate is None else layer.gate
         streams = (self.streams[1], self.streams[0], self.parts, layer.post1, layer.norm2)
         constants = (self.width, hidden, added, *self.norms, self.early)
@@ -212,7 +214,7 @@ class FlowDecode:
         self._add(_up, triton.cdiv(hidden, tile[2]), arguments, constants, tile, warps)
         depth = configs.few_depth(hidden)
         depths = triton.cdiv(hidden, depth)
-        tile = self._few_tile(self.width, depth, depths)
+        tile, warps = self._few_tile(self.width, depth, depths)
         arguments = (self.hidden, *layer.down, self.parts, self.rows)
         constants = (self.width, hidden, self.early)
         self._add(_down, triton.cdiv(self.width, tile[2]) * depths, arguments, constants, tile, warps)

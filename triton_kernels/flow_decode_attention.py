@@ -7,7 +7,7 @@ own, so that nothing is summed over keys before the end. Slots behind the positi
 import triton
 import triton.language as tl
 
-from .flow_decode_device import let_next_start, normalise, store_heads, wait_for_last
+from .flow_decode_device import let_next_start, norm_weights, normalise, store_heads, wait_for_last
 
 
 @triton.jit(do_not_specialize=("rows", "slots", "prefix"))
@@ -21,10 +21,11 @@ def flow_decode_heads_kernel(
     head, row = tl.program_id(0) % ALL, tl.program_id(0) // ALL + tl.arange(0, 1)
     at = tl.arange(0, D)
     let_next_start(EARLY)
+    q_norm, k_norm = norm_weights(q_norm, at, D), norm_weights(k_norm, at, D)
     wait_for_last(EARLY)
     x = tl.load(raw + row[:, None, None] * (ALL * D) + head * D + at[None, None, :])
     live = (row < rows)[:, None, None] & (at < D)[None, None, :]
-    as_query, as_key = normalise(x, live, q_norm, at, D, EPS, RMS), normalise(x, live, k_norm, at, D, EPS, RMS)
+    as_query, as_key = normalise(x, live, q_norm, D, EPS, RMS), normalise(x, live, k_norm, D, EPS, RMS)
     y = tl.reshape(tl.where(head < HEADS, as_query, tl.where(head < HEADS + KV_HEADS, as_key, x)), (1, D))
     slot = tl.load(position + 1) + prefix
     store_heads(y, row, rows, head * D + at, rope, slot, q, keys, values, slots, HEADS, KV_HEADS, D)
@@ -36,7 +37,8 @@ def flow_decode_attention_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
     BG: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (SPLITS, S, H d), normalised within its share; lse (SPLITS, S, H) to the base 2, None with one share."""
+    """out (SPLITS, S, H d), normalised within its share; lse of the same shape, to the base 2 and equal over
+    a head, or None."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     PIECES: tl.constexpr = (GROUP + BG - 1) // BG
     program = tl.program_id(0)
@@ -79,9 +81,11 @@ def flow_decode_attention_kernel(
     weight = tl.exp2(most - pivot[:, None])
     sums = tl.sum(total * weight, 1)
     result = tl.sum(acc * weight[:, :, None], 1) / tl.where(sums == 0.0, 1.0, sums)[:, None]
-    tl.store(out + split * rows * (HEADS * D) + own, result.to(out.dtype.element_ty), mask=asks[:, None])
+    own += split * rows * (HEADS * D)
+    tl.store(out + own, result.to(out.dtype.element_ty), mask=asks[:, None])
     if lse is not None:
-        tl.store(lse + (split * rows + row) * HEADS + head, pivot + tl.log2(sums), mask=asks)
+        size = tl.broadcast_to((pivot + tl.log2(sums))[:, None], [BG, D])
+        tl.store(lse + own, size, mask=asks[:, None])
 
 
 @triton.jit(do_not_specialize=("rows",))
@@ -92,7 +96,7 @@ def flow_decode_merge_kernel(
     head, at, split = tl.program_id(0), tl.arange(0, D), tl.arange(0, SPLITS)
     let_next_start(EARLY)
     wait_for_last(EARLY)
-    own = tl.load(lse + split * rows * HEADS + head)
+    own = tl.load(lse + (split * rows * HEADS + head) * D)
     share = tl.exp2(own - tl.max(own, 0))
     x = tl.load(pieces + (split * rows * HEADS + head)[:, None] * D + at[None, :])
     x = tl.sum(x * share[:, None], 0) / tl.sum(share, 0)

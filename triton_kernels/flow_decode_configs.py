@@ -42,6 +42,11 @@ def few_columns(config, rows, columns, depth, depths=1):
     return block
 
 
+def few_warps(config, depth):
+    """No more than have four weights a thread, so that their layout is that of the rows they meet."""
+    return max(min(config.few_warps, depth // 128), 1)
+
+
 def few_depth(depth):
     """BK of a product whose depth is cut into parts."""
     return max(power(triton.cdiv(depth, MOST_PARTS)), 32)

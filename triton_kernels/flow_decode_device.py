@@ -25,16 +25,32 @@ def wait_for_last(EARLY: tl.constexpr):
 
 
 @triton.jit
-def normalise(x, live, norm, at, WIDTH: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):
-    """Rows of x (..., 1, K), 0 outside `live`, over the last dim. norm: (weight, bias or None), read at `at` (K)."""
+def depth(first, BK: tl.constexpr):
+    """first .. first + BK - 1, four of them a thread: half-precision weights and the float32 rows they meet then lie
+    in the same threads, and neither has to pass through shared memory."""
+    return first + tl.max_contiguous(tl.arange(0, BK), 4)
+
+
+@triton.jit
+def norm_weights(norm, at, WIDTH: tl.constexpr):
+    """(weight, bias or None) at `at` (K)."""
+    weight, bias = norm
+    weight = tl.load(weight + at, mask=at < WIDTH, other=0.0)
+    if bias is not None:
+        bias = tl.load(bias + at, mask=at < WIDTH, other=0.0)
+    return weight, bias
+
+
+@triton.jit
+def normalise(x, live, norm, WIDTH: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr):
+    """Rows of x (..., 1, K), 0 outside `live`, over the last dim. norm: of norm_weights."""
     weight, bias = norm
     if not RMS:
         x = tl.where(live, x - (tl.sum(x, 2) / WIDTH)[:, :, None], 0.0)
     x *= tl.rsqrt((tl.sum(x * x, 2) / WIDTH)[:, :, None] + EPS)
-    inside = at < WIDTH
-    x *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)[None, None, :]
+    x *= weight.to(tl.float32)[None, None, :]
     if bias is not None:
-        x += tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)[None, None, :]
+        x += bias.to(tl.float32)[None, None, :]
     return x
 
 
@@ -51,7 +67,7 @@ def stream_rows(
         for part in tl.static_range(1, PARTS):
             added += tl.load(parts + part * rows * WIDTH + offsets, mask=live, other=0.0)
         if post is not None:
-            added = normalise(added, live, post, at, WIDTH, EPS, RMS)
+            added = normalise(added, live, post, WIDTH, EPS, RMS)
         x += added
     return x, offsets, live
 

@@ -7,7 +7,7 @@ last one writes entry 0 for the next step. So no program reads what another one 
 import triton
 import triton.language as tl
 
-from .flow_decode_device import add_bias, let_next_start, normalise, stream_rows, wait_for_last
+from .flow_decode_device import add_bias, depth, let_next_start, norm_weights, normalise, stream_rows, wait_for_last
 
 LOG_LINEAR, SIGMA_LINEAR, GAUSSIAN_RATIO = (tl.constexpr(i) for i in range(3))  # reference.flow_affine.RULES
 
@@ -84,33 +84,37 @@ def flow_decode_end_kernel(
     BLOCKS: tl.constexpr = (FEATURES + BF - 1) // BF
     OUTPUTS: tl.constexpr = 2 * FEATURES if SCALES else FEATURES
     block, sample = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    f, at = block * BF + tl.arange(0, BF), tl.arange(0, BK)
+    f, at = block * BF + tl.arange(0, BF), depth(0, BK)
     inside = f < FEATURES
     live_w = inside[None, :, None] & (at < WIDTH)[None, None, :]
     shift = f + OUTPUTS - FEATURES
     let_next_start(EARLY)
-    w_mu = tl.load(weight + shift[None, :, None] * WIDTH + at[None, None, :], mask=live_w, other=0.0).to(tl.float32)
+    w_mu = tl.load(weight + shift[None, :, None] * WIDTH + at[None, None, :], mask=live_w, other=0.0)
     if SCALES:
-        w_log = tl.load(weight + f[None, :, None] * WIDTH + at[None, None, :], mask=live_w, other=0.0).to(tl.float32)
+        w_log = tl.load(weight + f[None, :, None] * WIDTH + at[None, None, :], mask=live_w, other=0.0)
+    if post is not None:
+        post = norm_weights(post, at, WIDTH)
+    if norm is not None:
+        norm = norm_weights(norm, at, WIDTH)
     wait_for_last(EARLY)
     target = tl.load(position + 1) + FIRST
     row = sample + tl.arange(0, 1)
     x, _, live = stream_rows(stream, parts, post, row, rows, at, WIDTH, PARTS, EPS, RMS)
     if norm is not None:
-        x = normalise(x, live, norm, at, WIDTH, EPS, RMS)
-    mu = _clipped(add_bias(tl.sum(x * w_mu, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
+        x = normalise(x, live, norm, WIDTH, EPS, RMS)
+    mu = _clipped(add_bias(tl.sum(w_mu.to(tl.float32) * x, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
     log_scale = tl.zeros([1, BF], tl.float32)
     if SCALES:
-        log_scale = _log_scale(add_bias(tl.sum(x * w_log, 2), bias, f, OUTPUTS), soft_clip, SOFTPLUS, CLIPS)
+        log_scale = _log_scale(add_bias(tl.sum(w_log.to(tl.float32) * x, 2), bias, f, OUTPUTS), soft_clip, SOFTPLUS, CLIPS)
     sigma = tl.exp(log_scale)
     if guidance is not None:
         x, _, live = stream_rows(stream, parts, post, row + batch, rows, at, WIDTH, PARTS, EPS, RMS)
         if norm is not None:
-            x = normalise(x, live, norm, at, WIDTH, EPS, RMS)
-        mu_u = _clipped(add_bias(tl.sum(x * w_mu, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
+            x = normalise(x, live, norm, WIDTH, EPS, RMS)
+        mu_u = _clipped(add_bias(tl.sum(w_mu.to(tl.float32) * x, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
         log_u = tl.zeros([1, BF], tl.float32)
         if SCALES:
-            log_u = _log_scale(add_bias(tl.sum(x * w_log, 2), bias, f, OUTPUTS), soft_clip, SOFTPLUS, CLIPS)
+            log_u = _log_scale(add_bias(tl.sum(w_log.to(tl.float32) * x, 2), bias, f, OUTPUTS), soft_clip, SOFTPLUS, CLIPS)
         w = tl.load(guidance + sample * stride_gb + target * stride_gt)
         for_scale, for_mean = w if GUIDE_SCALE else 0.0, w if GUIDE_MEAN else 0.0
         if RULE == GAUSSIAN_RATIO:

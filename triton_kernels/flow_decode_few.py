@@ -9,9 +9,11 @@ import triton.language as tl
 
 from .flow_decode_device import (
     add_bias,
+    depth,
     gelu,
     gelu_tanh,
     let_next_start,
+    norm_weights,
     normalise,
     store_heads,
     stream_rows,
@@ -29,7 +31,7 @@ def _weights(weight, n, at, N: tl.constexpr, K: tl.constexpr):
 @triton.jit
 def _product(x, w):
     """x (R, 1, K) times w (1, BN, K): (R, BN)."""
-    return tl.sum(x * w.to(tl.float32), 2)
+    return tl.sum(w.to(tl.float32) * x, 2)
 
 
 @triton.jit(do_not_specialize=("rows", "slots", "prefix"))
@@ -41,13 +43,16 @@ def flow_decode_qkv_kernel(
     """Program: BN columns. raw (S, (H + 2 Hkv) d) or None: where products go whose heads are still to be normalised."""
     N: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
     program = tl.program_id(0)
-    n, at, row = program * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, R)
+    n, at, row = program * BN + tl.arange(0, BN), depth(0, BK), tl.arange(0, R)
     let_next_start(EARLY)
     w = _weights(weight, n, at, N, WIDTH)
+    if post is not None:
+        post = norm_weights(post, at, WIDTH)
+    norm = norm_weights(norm, at, WIDTH)
     wait_for_last(EARLY)
     x, offsets, live = stream_rows(stream, parts, post, row, rows, at, WIDTH, PARTS, EPS, RMS)
     tl.store(stream_out + offsets, x, mask=live & (program == 0))
-    y = add_bias(_product(normalise(x, live, norm, at, WIDTH, EPS, RMS), w), bias, n, N)
+    y = add_bias(_product(normalise(x, live, norm, WIDTH, EPS, RMS), w), bias, n, N)
     if raw is None:
         store_heads(y, row, rows, n, rope, tl.load(position + 1) + prefix, q, keys, values, slots, HEADS, KV_HEADS, D)
     else:
@@ -62,30 +67,30 @@ def flow_decode_proj_kernel(
 ):  # fmt: skip
     """Program: BN columns, BK of the depth H d; merges what attention left of its share of the keys.
 
-    pieces (SPLITS, S, H d), each normalised by itself; lse (SPLITS, S, H), to the base 2.
+    pieces (SPLITS, S, H d), each normalised by itself; lse of the same shape, to the base 2, so that the merge is
+    element by element.
     """
     K: tl.constexpr = HEADS * D
     DEPTHS: tl.constexpr = (K + BK - 1) // BK
-    depth, block = tl.program_id(0) % DEPTHS, tl.program_id(0) // DEPTHS
-    n, at, row = block * BN + tl.arange(0, BN), depth * BK + tl.arange(0, BK), tl.arange(0, R)
+    part, block = tl.program_id(0) % DEPTHS, tl.program_id(0) // DEPTHS
+    n, at, row = block * BN + tl.arange(0, BN), depth(part * BK, BK), tl.arange(0, R)
     let_next_start(EARLY)
     w = _weights(weight, n, at, WIDTH, K)
     wait_for_last(EARLY)
-    live = (row < rows)[:, None, None] & (at < K)[None, None, :]
     offsets = row[:, None, None] * K + at[None, None, :]
-    heads = row[:, None, None] * HEADS + (at // D)[None, None, :]
-    most = tl.load(lse + heads, mask=live, other=0.0)
+    live = (row < rows)[:, None, None] & (at < K)[None, None, :]
+    most = tl.load(lse + offsets, mask=live, other=0.0)  # the first share has a key
+    x, total = tl.load(pieces + offsets, mask=live, other=0.0), tl.full([R, 1, BK], 1.0, tl.float32)
     for split in tl.static_range(1, SPLITS):
-        most = tl.maximum(most, tl.load(lse + split * rows * HEADS + heads, mask=live, other=0.0))
-    total, x = tl.zeros([R, 1, BK], tl.float32), tl.zeros([R, 1, BK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        share = tl.exp2(tl.load(lse + split * rows * HEADS + heads, mask=live, other=0.0) - most)
-        total += share
-        x += share * tl.load(pieces + split * rows * K + offsets, mask=live, other=0.0)
-    y = _product(tl.where(live, x / total, 0.0), w)
-    if depth == 0:
+        size = tl.load(lse + split * rows * K + offsets, mask=live, other=0.0)
+        piece = tl.load(pieces + split * rows * K + offsets, mask=live, other=0.0)
+        higher = tl.maximum(most, size)
+        old, new = tl.exp2(most - higher), tl.exp2(size - higher)
+        x, total, most = x * old + piece * new, total * old + new, higher
+    y = _product(x / total, w)
+    if part == 0:
         y = add_bias(y, bias, n, WIDTH)
-    to = depth * rows * WIDTH + row[:, None] * WIDTH + n[None, :]
+    to = part * rows * WIDTH + row[:, None] * WIDTH + n[None, :]
     tl.store(parts + to, y, mask=(row < rows)[:, None] & (n < WIDTH)[None, :])
 
 
@@ -97,15 +102,18 @@ def flow_decode_up_kernel(
 ):  # fmt: skip
     """Program: BN columns of hidden (S, HIDDEN)."""
     program = tl.program_id(0)
-    n, at, row = program * BN + tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, R)
+    n, at, row = program * BN + tl.arange(0, BN), depth(0, BK), tl.arange(0, R)
     let_next_start(EARLY)
     w = _weights(weight, n, at, HIDDEN, WIDTH)
     if gate is not None:
         w_gate = _weights(gate, n, at, HIDDEN, WIDTH)
+    if post is not None:
+        post = norm_weights(post, at, WIDTH)
+    norm = norm_weights(norm, at, WIDTH)
     wait_for_last(EARLY)
     x, offsets, live = stream_rows(stream, parts, post, row, rows, at, WIDTH, PARTS, EPS, RMS)
     tl.store(stream_out + offsets, x, mask=live & (program == 0))
-    x = normalise(x, live, norm, at, WIDTH, EPS, RMS)
+    x = normalise(x, live, norm, WIDTH, EPS, RMS)
     y = add_bias(_product(x, w), bias, n, HIDDEN)
     if gate is None:
         y = gelu(y)
@@ -122,14 +130,14 @@ def flow_decode_down_kernel(
 ):  # fmt: skip
     """Program: BN columns, BK of the depth."""
     DEPTHS: tl.constexpr = (HIDDEN + BK - 1) // BK
-    depth, block = tl.program_id(0) % DEPTHS, tl.program_id(0) // DEPTHS
-    n, at, row = block * BN + tl.arange(0, BN), depth * BK + tl.arange(0, BK), tl.arange(0, R)
+    part, block = tl.program_id(0) % DEPTHS, tl.program_id(0) // DEPTHS
+    n, at, row = block * BN + tl.arange(0, BN), depth(part * BK, BK), tl.arange(0, R)
     let_next_start(EARLY)
     w = _weights(weight, n, at, WIDTH, HIDDEN)
     wait_for_last(EARLY)
     live = (row < rows)[:, None, None] & (at < HIDDEN)[None, None, :]
     y = _product(tl.load(hidden + row[:, None, None] * HIDDEN + at[None, None, :], mask=live, other=0.0), w)
-    if depth == 0:
+    if part == 0:
         y = add_bias(y, bias, n, WIDTH)
-    to = depth * rows * WIDTH + row[:, None] * WIDTH + n[None, :]
+    to = part * rows * WIDTH + row[:, None] * WIDTH + n[None, :]
     tl.store(parts + to, y, mask=(row < rows)[:, None] & (n < WIDTH)[None, :])

@@ -8,6 +8,7 @@ from .flow_decode_device import (
     gelu,
     gelu_tanh,
     let_next_start,
+    norm_weights,
     normalise,
     store_heads,
     stream_rows,
@@ -24,10 +25,13 @@ def flow_decode_norm_kernel(
     """Program: a row of the stream, and of x_out in the type of the weights."""
     at, row = tl.arange(0, BK), tl.program_id(0) + tl.arange(0, 1)
     let_next_start(EARLY)
+    if post is not None:
+        post = norm_weights(post, at, WIDTH)
+    norm = norm_weights(norm, at, WIDTH)
     wait_for_last(EARLY)
     x, offsets, live = stream_rows(stream, parts, post, row, rows, at, WIDTH, PARTS, EPS, RMS)
     tl.store(stream_out + offsets, x, mask=live)
-    x = normalise(x, live, norm, at, WIDTH, EPS, RMS)
+    x = normalise(x, live, norm, WIDTH, EPS, RMS)
     tl.store(x_out + offsets, x.to(x_out.dtype.element_ty), mask=live)
 
 
