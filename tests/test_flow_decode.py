@@ -16,7 +16,7 @@ paths = pytest.mark.parametrize("path", [FEW, MANY], ids=["few", "many"])
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch, device):
     """Few programs where an interpreter runs them one after the other, and still more than one."""
-    small = {"programs": 4, "tile": 4096, "keys": 8, "columns": 64, "splits": 2}
+    small = {"programs": 4, "keys": 8, "columns": 64, "splits": 2}
     small = {} if device == "cuda" else small
     monkeypatch.setattr(configs, "DEFAULT", configs.DEFAULT._replace(**small))
 

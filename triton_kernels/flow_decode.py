@@ -58,6 +58,9 @@ def _signature(arguments):
     )  # fmt: skip
 
 
+NO_NORM = (None, None)  # in the place of a norm's weight and bias
+
+
 def _plain(arguments):
     """Named tuples as tuples, which is what Triton takes."""
     return tuple(_plain(x) if isinstance(x, tuple) else x for x in arguments)
@@ -105,11 +108,11 @@ class FlowDecode:
         self.info[..., 0], self.info[..., 1] = float("inf"), float("-inf")
 
         self._add_begin(tokens, conditions)
-        added, post = 0, None
+        added, post = 0, NO_NORM
         for number, layer in enumerate(layers):
             attend, mlp = (self._few_attend, self._few_mlp) if self.few else (self._many_attend, self._many_mlp)
             added = attend(number, layer, conditions.scale, added, post)
-            added, post = mlp(layer, added), layer.post2
+            added, post = mlp(layer, added), layer.post2 or NO_NORM
         self._add_end(tokens, z, feature_block, added, post)
 
     def __call__(self):
@@ -145,7 +148,7 @@ class FlowDecode:
         self._add(
             _end,
             self.batch * self.info.shape[1],
-            (self.streams[0], self.parts, post, block.final_norm, *block.proj_out, z, guidance, tokens, self.info,
+            (self.streams[0], self.parts, post, block.final_norm or NO_NORM, *block.proj_out, z, guidance, tokens, self.info,
              self.position, *numbers),
             (self.width, self.features, scales, block.first, added, affine.rule, "a" in affine.what,
              "b" in affine.what, affine.softplus, affine.soft_clip > 0, affine.clamp is not None, *self.norms,
@@ -184,8 +187,8 @@ class FlowDecode:
     def _few_tile(self, columns, depth, depths=1):
         """(R, BK, BN), and warps."""
         rows = configs.power(self.rows)
-        columns = configs.few_columns(self.config, rows, columns, depth, depths)
-        return (rows, depth, columns), configs.few_warps(self.config, depth)
+        columns = configs.few_columns(self.config, columns, depth, depths)
+        return (rows, depth, columns), configs.few_warps(self.config, columns, depth)
 
     def _few_attend(self, number, layer, scale, added, post):
         """Adds the launches; returns the parts that the layer's attention leaves to be added."""
@@ -208,7 +211,7 @@ class FlowDecode:
         hidden = self.hidden_width
         tile, warps = self._few_tile(hidden, configs.power(self.width))
         gate = (None, None) if layer.gate is None else layer.gate
-        streams = (self.streams[1], self.streams[0], self.parts, layer.post1, layer.norm2)
+        streams = (self.streams[1], self.streams[0], self.parts, layer.post1 or NO_NORM, layer.norm2)
         constants = (self.width, hidden, added, *self.norms, self.early)
         arguments = (*streams, *layer.up, *gate, self.hidden, self.rows)
         self._add(_up, triton.cdiv(hidden, tile[2]), arguments, constants, tile, warps)
@@ -252,7 +255,7 @@ class FlowDecode:
         return self._add_product(self.seen, layer.proj, self.inner)
 
     def _many_mlp(self, layer, added):
-        self._add_norm(self.streams[::-1], layer.post1, layer.norm2, added)
+        self._add_norm(self.streams[::-1], layer.post1 or NO_NORM, layer.norm2, added)
         tile, row_tiles = self._many_tile()
         gate = (None, None) if layer.gate is None else layer.gate
         programs = row_tiles * triton.cdiv(self.hidden_width, tile[1])

@@ -14,9 +14,9 @@ MOST_PARTS = 4  # of a product split along its depth: the next kernel adds them 
 
 class Config(NamedTuple):
     programs: int = 264  # wanted at least
-    few: int = 8  # most rows whose products need no tensor cores
-    tile: int = 8192  # weights of a program with few rows
-    few_warps: int = 4
+    few: int = 4  # most rows whose products need no tensor cores
+    few_columns: int = 8  # of a program with few rows, at depths from 1024 on
+    few_weights: int = 64  # of one of its threads
     splits: int = 8  # most shares of the keys of a row and head
     keys: int = 64  # lanes of keys of a program, with heads of 64
     attention_warps: int = 4
@@ -34,17 +34,18 @@ def power(n):
     return triton.next_power_of_2(max(n, 1))
 
 
-def few_columns(config, rows, columns, depth, depths=1):
-    """BN of a product for few rows: depth is its padded tile; more programs rather than larger tiles."""
-    block = max(config.tile // (depth * max(rows // 2, 1)), 2)
+def few_columns(config, columns, depth, depths=1):
+    """BN of a product for few rows: depth is its padded tile. What a program reads besides its weights is the rows, four
+    float32 numbers for each of the depth, so that fewer than 8 columns would make that the larger part."""
+    block = config.few_columns * max(1024 // depth, 1)
     while block > 4 and triton.cdiv(columns, block) * depths < config.programs // 2:
         block //= 2
     return block
 
 
-def few_warps(config, depth):
-    """No more than have four weights a thread, so that their layout is that of the rows they meet."""
-    return max(min(config.few_warps, depth // 128), 1)
+def few_warps(config, columns, depth):
+    """No more than have four weights of a column a thread, so that their layout is that of the rows they meet."""
+    return max(min(columns * depth // (32 * config.few_weights), depth // 128, 16), 1)
 
 
 def few_depth(depth):

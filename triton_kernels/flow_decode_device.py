@@ -33,11 +33,11 @@ def depth(first, BK: tl.constexpr):
 
 @triton.jit
 def norm_weights(norm, at, WIDTH: tl.constexpr):
-    """(weight, bias or None) at `at` (K)."""
-    weight, bias = norm
-    weight = tl.load(weight + at, mask=at < WIDTH, other=0.0)
-    if bias is not None:
-        bias = tl.load(bias + at, mask=at < WIDTH, other=0.0)
+    """(weight, bias) at `at` (K), the bias 0 where there is none."""
+    weight = tl.load(norm[0] + at, mask=at < WIDTH, other=0.0)
+    bias = tl.zeros_like(weight)
+    if norm[1] is not None:
+        bias = tl.load(norm[1] + at, mask=at < WIDTH, other=0.0)
     return weight, bias
 
 
@@ -49,9 +49,7 @@ def normalise(x, live, norm, WIDTH: tl.constexpr, EPS: tl.constexpr, RMS: tl.con
         x = tl.where(live, x - (tl.sum(x, 2) / WIDTH)[:, :, None], 0.0)
     x *= tl.rsqrt((tl.sum(x * x, 2) / WIDTH)[:, :, None] + EPS)
     x *= weight.to(tl.float32)[None, None, :]
-    if bias is not None:
-        x += bias.to(tl.float32)[None, None, :]
-    return x
+    return tl.where(live, x + bias.to(tl.float32)[None, None, :], 0.0)
 
 
 @triton.jit
@@ -66,7 +64,7 @@ def stream_rows(
         added = tl.load(parts + offsets, mask=live, other=0.0)
         for part in tl.static_range(1, PARTS):
             added += tl.load(parts + part * rows * WIDTH + offsets, mask=live, other=0.0)
-        if post is not None:
+        if post[0] is not None:
             added = normalise(added, live, post, WIDTH, EPS, RMS)
         x += added
     return x, offsets, live

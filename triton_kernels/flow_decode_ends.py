@@ -92,15 +92,15 @@ def flow_decode_end_kernel(
     w_mu = tl.load(weight + shift[None, :, None] * WIDTH + at[None, None, :], mask=live_w, other=0.0)
     if SCALES:
         w_log = tl.load(weight + f[None, :, None] * WIDTH + at[None, None, :], mask=live_w, other=0.0)
-    if post is not None:
+    if post[0] is not None:
         post = norm_weights(post, at, WIDTH)
-    if norm is not None:
+    if norm[0] is not None:
         norm = norm_weights(norm, at, WIDTH)
     wait_for_last(EARLY)
     target = tl.load(position + 1) + FIRST
     row = sample + tl.arange(0, 1)
     x, _, live = stream_rows(stream, parts, post, row, rows, at, WIDTH, PARTS, EPS, RMS)
-    if norm is not None:
+    if norm[0] is not None:
         x = normalise(x, live, norm, WIDTH, EPS, RMS)
     mu = _clipped(add_bias(tl.sum(w_mu.to(tl.float32) * x, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
     log_scale = tl.zeros([1, BF], tl.float32)
@@ -109,7 +109,7 @@ def flow_decode_end_kernel(
     sigma = tl.exp(log_scale)
     if guidance is not None:
         x, _, live = stream_rows(stream, parts, post, row + batch, rows, at, WIDTH, PARTS, EPS, RMS)
-        if norm is not None:
+        if norm[0] is not None:
             x = normalise(x, live, norm, WIDTH, EPS, RMS)
         mu_u = _clipped(add_bias(tl.sum(w_mu.to(tl.float32) * x, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
         log_u = tl.zeros([1, BF], tl.float32)

@@ -46,7 +46,7 @@ def flow_decode_qkv_kernel(
     n, at, row = program * BN + tl.arange(0, BN), depth(0, BK), tl.arange(0, R)
     let_next_start(EARLY)
     w = _weights(weight, n, at, N, WIDTH)
-    if post is not None:
+    if post[0] is not None:
         post = norm_weights(post, at, WIDTH)
     norm = norm_weights(norm, at, WIDTH)
     wait_for_last(EARLY)
@@ -107,7 +107,7 @@ def flow_decode_up_kernel(
     w = _weights(weight, n, at, HIDDEN, WIDTH)
     if gate is not None:
         w_gate = _weights(gate, n, at, HIDDEN, WIDTH)
-    if post is not None:
+    if post[0] is not None:
         post = norm_weights(post, at, WIDTH)
     norm = norm_weights(norm, at, WIDTH)
     wait_for_last(EARLY)

@@ -25,7 +25,7 @@ def flow_decode_norm_kernel(
     """Program: a row of the stream, and of x_out in the type of the weights."""
     at, row = tl.arange(0, BK), tl.program_id(0) + tl.arange(0, 1)
     let_next_start(EARLY)
-    if post is not None:
+    if post[0] is not None:
         post = norm_weights(post, at, WIDTH)
     norm = norm_weights(norm, at, WIDTH)
     wait_for_last(EARLY)
