@@ -136,6 +136,38 @@ def test_what_a_cache_held_before_is_not_read(run, device):
     close(run(z, block, FEW, cache=cache), expected(z, block), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@torch.no_grad()
+def test_windows(dtype, device):
+    """Attention of ragged windows: grouped heads, two tiles of queries, slots that hold anything behind the window, and
+    inside it a key that is not finite, which the queries before it must not notice."""
+    rows, width, heads, kv_heads, slots = 2, 70, 4, 2, 90
+    q = torch.randn(rows, width, heads, 16, device=device)
+    keys, values = torch.randn(2, rows, kv_heads, slots, 16, device=device).to(dtype)
+    first = torch.tensor([0, 19], device=device)
+    keys[0, :, 71:], values[1, :, 89:] = float("nan"), float("inf")
+    values[0, 1, 40, 3], keys[1, 0, 60, 1] = float("nan"), float("inf")
+    scale = torch.tensor([0.25, 0.5], device=device)
+    steps = first.unsqueeze(1) + torch.arange(width, device=device)
+    from flowattn.reference.flow_inverse import attention
+    from flowattn.triton_kernels.flow_window_attention import flow_window_attention
+
+    y = attention(q, keys, values, scale, steps)
+    x = flow_window_attention(q, keys, values, scale, steps)
+    assert x.dtype == dtype and torch.equal(x.isnan(), y.isnan()) and 0 < y.isnan().sum() < y.numel() // 2
+    torch.testing.assert_close(x.float(), y, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("method", ["gs_jacobi", "frontier"])
+@torch.no_grad()
+def test_sweeps(method, device):
+    block, z = toy(0.05, layers_per_block=1).to(device).blocks[0], torch.randn(2, 8, 8, device=device)
+    with fa.use_backend("triton"):
+        x, info = fa.flow_inverse(z, block, method=method, segments=2, window=3, return_info=True)
+    close(x, expected(z, block), torch.float32)
+    assert (info.status == Status.CONVERGED).all()
+
+
 @torch.no_grad()
 def test_clamp_is_counted(run, device):
     block, z = toy(0.2, layers_per_block=1).to(device).blocks[0], 2 * torch.randn(2, 6, 8, device=device)

@@ -1,4 +1,5 @@
-"""A flow block's network on a GPU: single steps by Triton kernels, replayed as a CUDA graph; windows in plain torch."""
+"""A flow block's network on a GPU: single steps by Triton kernels, replayed as a CUDA graph; windows in plain torch but
+for their attention."""
 
 import torch
 
@@ -40,6 +41,12 @@ def _dense(tree):
 
 class TritonNetwork(ReferenceNetwork):
     """`sequential` by kernels; windows of more than a step, and the prefix, as ReferenceNetwork, in the same cache."""
+
+    @staticmethod
+    def attention(*arguments):
+        from flowattn.triton_kernels.flow_window_attention import flow_window_attention  # imports triton
+
+        return flow_window_attention(*arguments)
 
     def sequential(self, tokens, z, guidance, begin, rule, what, clamp):
         """Overwrite the tokens of the steps from `begin` on; (B, 4): the first token that is not finite or -1, the
