@@ -7,9 +7,8 @@ last one writes entry 0 for the next step. So no program reads what another one 
 import triton
 import triton.language as tl
 
+from .flow_affine import clipped, guide, log_scale_of
 from .flow_decode_device import add_bias, depth, let_next_start, norm_weights, normalise, stream_rows, wait_for_last
-
-LOG_LINEAR, SIGMA_LINEAR, GAUSSIAN_RATIO = (tl.constexpr(i) for i in range(3))  # reference.flow_affine.RULES
 
 
 @triton.jit(do_not_specialize=("length", "batch", "stride_pb", "stride_pt"))
@@ -48,28 +47,6 @@ def flow_decode_begin_kernel(
     tl.store(stream + row * WIDTH + at, h, mask=inside)
 
 
-@triton.jit
-def _log_scale(raw, soft_clip, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr):
-    alpha = _clipped(raw, soft_clip, CLIPS)
-    if SOFTPLUS:
-        x = alpha + 0.5413248546129181
-        y = tl.exp(-tl.abs(x))
-        w = 1.0 + y  # the quotient makes up for the digits it loses
-        log1p = tl.where(w == 1.0, y, tl.log(w) * (y / tl.where(w == 1.0, 1.0, w - 1.0)))
-        alpha = tl.log(tl.where(x > 20.0, x, tl.maximum(x, 0.0) + log1p))
-    return alpha
-
-
-@triton.jit
-def _clipped(raw, soft_clip, CLIPS: tl.constexpr):
-    """c tanh(raw / c). An infinity stays what tanh makes of it, NaN stays NaN."""
-    if CLIPS:
-        e = tl.exp(-2.0 * tl.abs(raw) / soft_clip)
-        size = soft_clip * (1.0 - e) / (1.0 + e)
-        raw = tl.where(raw < 0.0, -size, size)
-    return raw
-
-
 @triton.jit(do_not_specialize=("rows", "batch", "length", "stride_gb", "stride_gt", "clamp", "soft_clip"))
 def flow_decode_end_kernel(
     stream, parts, post, norm, weight, bias, z, guidance, tokens, info, position, rows, batch, length, stride_gb,
@@ -102,35 +79,24 @@ def flow_decode_end_kernel(
     x, _, live = stream_rows(stream, parts, post, row, rows, at, WIDTH, PARTS, EPS, RMS)
     if norm[0] is not None:
         x = normalise(x, live, norm, WIDTH, EPS, RMS)
-    mu = _clipped(add_bias(tl.sum(w_mu.to(tl.float32) * x, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
+    mu = clipped(add_bias(tl.sum(w_mu.to(tl.float32) * x, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
     log_scale = tl.zeros([1, BF], tl.float32)
     if SCALES:
-        log_scale = _log_scale(add_bias(tl.sum(w_log.to(tl.float32) * x, 2), bias, f, OUTPUTS), soft_clip, SOFTPLUS, CLIPS)
-    sigma = tl.exp(log_scale)
+        alpha = add_bias(tl.sum(w_log.to(tl.float32) * x, 2), bias, f, OUTPUTS)
+        log_scale = log_scale_of(clipped(alpha, soft_clip, CLIPS), SOFTPLUS)
     if guidance is not None:
         x, _, live = stream_rows(stream, parts, post, row + batch, rows, at, WIDTH, PARTS, EPS, RMS)
         if norm[0] is not None:
             x = normalise(x, live, norm, WIDTH, EPS, RMS)
-        mu_u = _clipped(add_bias(tl.sum(w_mu.to(tl.float32) * x, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
+        mu_u = clipped(add_bias(tl.sum(w_mu.to(tl.float32) * x, 2), bias, shift, OUTPUTS), soft_clip, CLIPS)
         log_u = tl.zeros([1, BF], tl.float32)
         if SCALES:
-            log_u = _log_scale(add_bias(tl.sum(w_log.to(tl.float32) * x, 2), bias, f, OUTPUTS), soft_clip, SOFTPLUS, CLIPS)
+            alpha = add_bias(tl.sum(w_log.to(tl.float32) * x, 2), bias, f, OUTPUTS)
+            log_u = log_scale_of(clipped(alpha, soft_clip, CLIPS), SOFTPLUS)
         w = tl.load(guidance + sample * stride_gb + target * stride_gt)
-        for_scale, for_mean = w if GUIDE_SCALE else 0.0, w if GUIDE_MEAN else 0.0
-        if RULE == GAUSSIAN_RATIO:
-            ratio = tl.exp(2.0 * tl.where(log_scale > log_u, 0.0, log_scale - log_u))
-            den = 1.0 + for_mean * (1.0 - ratio)
-            mu = ((1.0 + for_mean) * mu - for_mean * ratio * mu_u) / den
-            log_scale -= 0.5 * tl.log(1.0 + for_scale * (1.0 - ratio))
-            sigma = tl.exp(log_scale)
-        else:
-            mu += for_mean * (mu - mu_u)
-            if RULE == LOG_LINEAR:
-                log_scale += for_scale * (log_scale - log_u)
-                sigma = tl.exp(log_scale)
-            else:
-                sigma += for_scale * (sigma - tl.exp(log_u))
-                log_scale = tl.log(sigma)
+        sigma, log_scale, mu = guide(log_scale, mu, log_u, mu_u, w, RULE, GUIDE_SCALE, GUIDE_MEAN)
+    else:
+        sigma = tl.exp(log_scale)
     features = (sample.to(tl.int64) * length + target) * FEATURES + f[None, :]
     here = inside[None, :]
     new = tl.load(z + features, mask=here, other=0.0) * sigma + mu

@@ -134,6 +134,7 @@ TRITON_OPS = {
     for direction in ("fwd", "bwd")
 } | {
     "axial_attention_qkvpacked_bwd": "axial_attention",
+    **{f"flow_affine_{part}": "flow_affine" for part in ("fwd", "bwd", "inv")},
     "grid_retention_fwd": "grid_retention",
     "varlen_attention_bwd": "varlen_attention_bwd",
 }  # fmt: skip
