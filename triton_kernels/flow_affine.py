@@ -1,7 +1,9 @@
 """The affine map of a causal flow, both ways, with what an iterative inverse measures on the way; and its pieces, which
 the last kernel of a decode step uses too.
 
-Program: BT tokens of D features, as a tile. Inputs keep their strides; every one is read once.
+Program: BT tokens of D features, as a tile. Inputs keep their strides; every one is read once. The stride of tokens is a
+constant and, where batch and tokens are one dimension (FLAT), the only one: loads of 16 bytes need to know that it is a
+multiple of them.
 """
 
 import torch
@@ -67,45 +69,47 @@ def guide(
 
 
 @triton.jit
-def _read(x, batch, token, strides, cols, live):
+def _read(x, row, tokens, stride, cols, live, STRIDE: tl.constexpr, FLAT: tl.constexpr):
     """Rows of x (B, n, ...) in float32; live (BT, D)."""
-    rows = batch * strides[0] + token.to(tl.int64) * strides[1]
+    row = row.to(tl.int64)
+    rows = row * STRIDE if FLAT else row // tokens * stride + row % tokens * STRIDE
     return tl.load(x + rows[:, None] + cols[None, :], mask=live, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _place(total, tokens, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """(number among all, batch row, token) of the tokens of a program, its features, which elements exist."""
-    row = tl.program_id(0) * BT + tl.arange(0, BT)
-    cols = tl.arange(0, BD)
-    return row, (row // tokens).to(tl.int64), row % tokens, cols, (row < total)[:, None] & (cols < D)[None, :]
+def _place(total, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """The tokens of a program, its features, which elements exist."""
+    row, cols = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BD)
+    return row, cols, (row < total)[:, None] & (cols < D)[None, :]
 
 
 @triton.jit
 def _split(
-    params, batch, token, strides, cols, live, soft_clip,
+    params, row, tokens, stride, cols, live, soft_clip, STRIDE: tl.constexpr, FLAT: tl.constexpr,
     D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
 ):  # fmt: skip
     """(log sigma, mu); without scales sigma is 1."""
     if SCALES:
-        alpha = clipped(_read(params, batch, token, strides, cols, live), soft_clip, CLIPS)
+        alpha = clipped(_read(params, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
         log_scale = log_scale_of(alpha, SOFTPLUS)
-        mu = clipped(_read(params, batch, token, strides, cols + D, live), soft_clip, CLIPS)
+        mu = clipped(_read(params + D, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
     else:
-        mu = clipped(_read(params, batch, token, strides, cols, live), soft_clip, CLIPS)
+        mu = clipped(_read(params, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
         log_scale = mu * 0.0
     return tl.where(live, log_scale, 0.0), mu
 
 
 @triton.jit(do_not_specialize=("total", "tokens", "soft_clip"))
 def flow_affine_fwd_kernel(
-    x, params, z, logdet, total, tokens, soft_clip, x_strides, p_strides,
-    D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
+    x, params, z, logdet, total, tokens, soft_clip, x_stride, p_stride,
+    X_ROW: tl.constexpr, P_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    row, batch, token, cols, live = _place(total, tokens, D, BT, BD)
-    log_scale, mu = _split(params, batch, token, p_strides, cols, live, soft_clip, D, SCALES, SOFTPLUS, CLIPS)
-    y = (_read(x, batch, token, x_strides, cols, live) - mu) * tl.exp(-log_scale)
+    row, cols, live = _place(total, D, BT, BD)
+    log_scale, mu = _split(
+        params, row, tokens, p_stride, cols, live, soft_clip, P_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
+    )  # fmt: skip
+    y = (_read(x, row, tokens, x_stride, cols, live, X_ROW, FLAT) - mu) * tl.exp(-log_scale)
     to = row.to(tl.int64)[:, None] * D + cols[None, :]
     tl.store(z + to, y.to(z.dtype.element_ty), mask=live)
     tl.store(logdet + row, -tl.sum(log_scale, 1), mask=row < total)
@@ -113,34 +117,36 @@ def flow_affine_fwd_kernel(
 
 @triton.jit(do_not_specialize=("total", "tokens", "soft_clip"))
 def flow_affine_bwd_kernel(
-    dz, dlogdet, z, params, dx, dparams, total, tokens, soft_clip, g_strides, l_strides, z_strides, p_strides,
-    D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
+    dz, z, params, dlogdet, dx, dparams, total, tokens, soft_clip, g_stride, z_stride, p_stride,
+    G_ROW: tl.constexpr, Z_ROW: tl.constexpr, P_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """With s = log sigma: dx = dz / sigma, dmu = -dx, ds = -z dz - dlogdet; then back through softplus and clip."""
-    row, batch, token, cols, live = _place(total, tokens, D, BT, BD)
-    log_scale, mu = _split(params, batch, token, p_strides, cols, live, soft_clip, D, SCALES, SOFTPLUS, CLIPS)
-    g = _read(dz, batch, token, g_strides, cols, live)
+    """With s = log sigma: dx = dz / sigma, dmu = -dx, ds = -z dz - dlogdet; then back through softplus and clip. dlogdet
+    (B n) or None."""
+    row, cols, live = _place(total, D, BT, BD)
+    log_scale, mu = _split(
+        params, row, tokens, p_stride, cols, live, soft_clip, P_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
+    )  # fmt: skip
+    g = _read(dz, row, tokens, g_stride, cols, live, G_ROW, FLAT)
     down = g * tl.exp(-log_scale)
-    exists, row = row < total, row.to(tl.int64)[:, None]
-    tl.store(dx + row * D + cols[None, :], down.to(dx.dtype.element_ty), mask=live)
+    to = row.to(tl.int64)[:, None]
+    tl.store(dx + to * D + cols[None, :], down.to(dx.dtype.element_ty), mask=live)
     dmu = -down
     if CLIPS:
         dmu *= 1.0 - (mu / soft_clip) * (mu / soft_clip)
     if SCALES:
-        ds = -g * _read(z, batch, token, z_strides, cols, live)
+        ds = -g * _read(z, row, tokens, z_stride, cols, live, Z_ROW, FLAT)
         if dlogdet is not None:
-            places = batch * l_strides[0] + token * l_strides[1]
-            ds -= tl.load(dlogdet + places, mask=exists, other=0.0)[:, None]
-        alpha = clipped(_read(params, batch, token, p_strides, cols, live), soft_clip, CLIPS)
+            ds -= tl.load(dlogdet + row, mask=row < total, other=0.0)[:, None]
+        alpha = clipped(_read(params, row, tokens, p_stride, cols, live, P_ROW, FLAT), soft_clip, CLIPS)
         if SOFTPLUS:
             ds *= 1.0 / ((1.0 + tl.exp(-(alpha + SHIFT))) * tl.exp(log_scale))
         if CLIPS:
             ds *= 1.0 - (alpha / soft_clip) * (alpha / soft_clip)
-        tl.store(dparams + row * (2 * D) + cols[None, :], ds.to(dparams.dtype.element_ty), mask=live)
-        tl.store(dparams + row * (2 * D) + D + cols[None, :], dmu.to(dparams.dtype.element_ty), mask=live)
+        tl.store(dparams + to * (2 * D) + cols[None, :], ds.to(dparams.dtype.element_ty), mask=live)
+        tl.store(dparams + to * (2 * D) + D + cols[None, :], dmu.to(dparams.dtype.element_ty), mask=live)
     else:
-        tl.store(dparams + row * D + cols[None, :], dmu.to(dparams.dtype.element_ty), mask=live)
+        tl.store(dparams + to * D + cols[None, :], dmu.to(dparams.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -152,30 +158,35 @@ def _largest(x, live):
 
 @triton.jit(do_not_specialize=("total", "tokens", "soft_clip"))
 def flow_affine_inv_kernel(
-    z, params, other, guidance, previous, x, statistics, total, tokens, soft_clip,
-    z_strides, p_strides, o_strides, w_strides, u_strides,
-    D: tl.constexpr, SCALES: tl.constexpr, RULE: tl.constexpr, GUIDE_SCALE: tl.constexpr, GUIDE_MEAN: tl.constexpr,
-    SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    z, params, other, previous, guidance, x, statistics, total, tokens, soft_clip,
+    z_stride, p_stride, o_stride, u_stride, w_stride, w_token_stride,
+    Z_ROW: tl.constexpr, P_ROW: tl.constexpr, O_ROW: tl.constexpr, U_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr,
+    SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr, RULE: tl.constexpr,
+    GUIDE_SCALE: tl.constexpr, GUIDE_MEAN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    row, batch, token, cols, live = _place(total, tokens, D, BT, BD)
+    row, cols, live = _place(total, D, BT, BD)
     exists = row < total
-    log_scale, mu = _split(params, batch, token, p_strides, cols, live, soft_clip, D, SCALES, SOFTPLUS, CLIPS)
+    log_scale, mu = _split(
+        params, row, tokens, p_stride, cols, live, soft_clip, P_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
+    )  # fmt: skip
     if other is not None:
-        log_u, mu_u = _split(other, batch, token, o_strides, cols, live, soft_clip, D, SCALES, SOFTPLUS, CLIPS)
-        w = tl.load(guidance + batch * w_strides[0] + token * w_strides[1], mask=exists, other=0.0).to(tl.float32)
-        sigma, log_scale, mu = guide(
-            log_scale, mu, log_u, mu_u, w[:, None], RULE, GUIDE_SCALE, GUIDE_MEAN
+        log_u, mu_u = _split(
+            other, row, tokens, o_stride, cols, live, soft_clip, O_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
         )  # fmt: skip
+        places = row // tokens * w_stride + row % tokens * w_token_stride
+        w = tl.load(guidance + places, mask=exists, other=0.0).to(tl.float32)[:, None]
+        sigma, log_scale, mu = guide(log_scale, mu, log_u, mu_u, w, RULE, GUIDE_SCALE, GUIDE_MEAN)
     else:
         sigma = tl.exp(log_scale)
-    u = _read(z, batch, token, z_strides, cols, live) * sigma + mu
+    u = _read(z, row, tokens, z_stride, cols, live, Z_ROW, FLAT) * sigma + mu
     to = row.to(tl.int64)[:, None] * D + cols[None, :]
     tl.store(x + to, u.to(x.dtype.element_ty), mask=live)
     finite = tl.abs(u) < float("inf")
     size = tl.where(live & finite, tl.abs(u), 0.0)
     update = tl.zeros([BT, BD], tl.float32)
     if previous is not None:
-        update = tl.where(live & finite, tl.abs(u - _read(previous, batch, token, u_strides, cols, live)), 0.0)
+        before = _read(previous, row, tokens, u_stride, cols, live, U_ROW, FLAT)
+        update = tl.where(live & finite, tl.abs(u - before), 0.0)
     residual = tl.where(update > 0.0, update / tl.abs(sigma), 0.0)
     to = statistics + row.to(tl.int64) * STATISTICS
     tl.store(to, _largest(update, live), mask=exists)
@@ -194,40 +205,41 @@ _fwd, _bwd, _inv = (
 )
 
 
-def _launch(launcher, x, tensors, soft_clip, inputs, scales, constants):
-    """inputs: those whose strides the kernel takes, in its order."""
+def _launch(launcher, inputs, others, params, soft_clip, softplus, weights=(), guided=()):
+    """inputs: tensors (B, n, ...) or None, the first of D features; others: what else the kernel reads, and writes;
+    weights: strides of the guidance; guided: constants of it."""
+    x = inputs[0]
     batch, tokens, features = x.shape
+    strides = [(0, 0) if t is None else t.stride()[:2] for t in inputs]
+    flat = all(t is None or batch == 1 or s[0] == tokens * s[1] for t, s in zip(inputs, strides))
+    runtime = (*(s[0] for s in strides), *weights)
+    constants = (*(s[1] for s in strides), flat, features, params.shape[2] == 2 * features, softplus, soft_clip > 0)
+    tensors = (*inputs, *others)
+    key = (runtime, alignments(*tensors), tuple(None if t is None else t.dtype for t in tensors))
     columns = triton.next_power_of_2(features)
     block = max(ELEMENTS // columns, 1)
-    strides = tuple((0, 0) if t is None else tuple(t.stride()[:2]) for t in inputs)
-    key = (strides, alignments(*tensors), tuple(None if t is None else t.dtype for t in tensors))
-    arguments = (*tensors, batch * tokens, tokens, soft_clip, *strides)
     programs = triton.cdiv(batch * tokens, block)
     if programs:
-        launcher(programs, key, arguments, (features, scales, *constants), (block, columns, 4, 1))
-
-
-def _scales(x, params):
-    return params.shape[2] == 2 * x.shape[2]
+        arguments = (*tensors, batch * tokens, tokens, soft_clip, *runtime)
+        launcher(programs, key, arguments, (*constants, *guided), (block, columns, 4, 1))
 
 
 def flow_affine_fwd(x, params, softplus, soft_clip):
     z, logdet = x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
-    constants = (softplus, soft_clip > 0)
-    _launch(_fwd, x, (x, params, z, logdet), soft_clip, (x, params), _scales(x, params), constants)
+    _launch(_fwd, (x, params), (z, logdet), params, soft_clip, softplus)
     return z, logdet
 
 
 def flow_affine_bwd(dz, dlogdet, z, params, softplus, soft_clip):
+    """dlogdet contiguous."""
     dx, dparams = z.new_empty(z.shape), params.new_empty(params.shape)
-    tensors, constants = (dz, dlogdet, z, params, dx, dparams), (softplus, soft_clip > 0)
-    _launch(_bwd, z, tensors, soft_clip, (dz, dlogdet, z, params), _scales(z, params), constants)
+    _launch(_bwd, (dz, z, params), (dlogdet, dx, dparams), params, soft_clip, softplus)
     return dx, dparams
 
 
 def flow_affine_inv(z, params, params_uncond, guidance, previous, rule, guide_scale, guide_mean, softplus, soft_clip):
     x, statistics = z.new_empty(z.shape), z.new_empty((*z.shape[:2], STATISTICS.value), dtype=torch.float32)
-    inputs = (z, params, params_uncond, guidance, previous)
-    constants = (rule, guide_scale, guide_mean, softplus, soft_clip > 0)
-    _launch(_inv, z, (*inputs, x, statistics), soft_clip, inputs, _scales(z, params), constants)
+    inputs, weights = (z, params, params_uncond, previous), (0, 0) if guidance is None else guidance.stride()
+    guided = (rule, guide_scale, guide_mean)
+    _launch(_inv, inputs, (guidance, x, statistics), params, soft_clip, softplus, weights, guided)
     return x, statistics
