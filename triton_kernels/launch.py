@@ -28,21 +28,21 @@ class Launcher:
         self.kernel = kernel
         self.compiled = {}
 
-    def __call__(self, programs, key, arguments, constants, config, registers=None):
+    def __call__(self, programs, key, arguments, constants, config, **options):
         """Launch `programs` programs.
 
         key: all that changes the compiled code: dtypes, alignments, strides, constants.
         arguments: run-time arguments in order; constants: the constexpr ones, in the kernel's order; config: the tile
-        shape, as (constexpr values, num_warps, num_stages); registers: the most that a thread may take.
+        shape, as (constexpr values, num_warps, num_stages); options: further ones of the compiler, such as maxnreg.
         """
         device = next(x for x in arguments if x is not None).device
         other = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if other else contextlib.nullcontext():
-            key = (device.index, config, registers, constants, key)
+            key = (device.index, config, tuple(options.items()), constants, key)
             compiled = self.compiled.get(key)
             if compiled is not None:
                 compiled[(programs, 1, 1)](*arguments, *constants, *config[:-2])
             else:  # Triton's interpreter returns None
                 self.compiled[key] = self.kernel[(programs,)](
-                    *arguments, *constants, *config[:-2], num_warps=config[-2], num_stages=config[-1], maxnreg=registers
+                    *arguments, *constants, *config[:-2], num_warps=config[-2], num_stages=config[-1], **options
                 )

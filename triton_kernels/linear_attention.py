@@ -265,7 +265,7 @@ def _gradients(call, left, right, results, fresh):
                 call.wide, call.precision,
             ),
             config,
-            registers,
+            maxnreg=registers,
         )  # fmt: skip
 
 

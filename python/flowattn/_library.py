@@ -136,6 +136,7 @@ TRITON_OPS = {
     "axial_attention_qkvpacked_bwd": "axial_attention",
     "causal_flow_attention_bwd": "causal_flow_attention_bwd",
     "flow_attention_bwd": "flow_attention_bwd",
+    **{f"flow_affine_{part}": "flow_affine" for part in ("fwd", "bwd", "inv")},
     "grid_retention_fwd": "grid_retention",
     "varlen_attention_bwd": "varlen_attention_bwd",
     "varlen_attention_disentangled_fwd": "disentangled_attention",

@@ -10,6 +10,8 @@ from flowattn.reference import flow_affine as reference
 
 _FORWARD, _INVERSE = "flow_affine_forward", "flow_affine_inverse"
 _fwd, _bwd, _inv = op("flow_affine_fwd"), op("flow_affine_bwd"), op("flow_affine_inv")
+_fwd_triton, _bwd_triton, _inv_triton = (op(f"flow_affine_{part}_triton") for part in ("fwd", "bwd", "inv"))
+_WIDEST = 8192  # features of a token in the tile of a Triton program
 REDUCTIONS = ("sum", "mean", "none")
 
 
@@ -251,14 +253,38 @@ def _native_inverse(z, params, params_uncond, guidance, previous, rule, what, sc
     return x.to(z.dtype), tokens
 
 
+def _triton_forward(x, params, scale, soft_clip):
+    return _fwd_triton(x, params, scale == "softplus", soft_clip)
+
+
+def _triton_backward(dz, dtokens, z, params, scale, soft_clip):
+    return _bwd_triton(dz, dtokens, z, params, scale == "softplus", soft_clip)
+
+
+def _triton_inverse(z, params, params_uncond, guidance, previous, rule, what, scale, soft_clip):
+    inputs = (z, params, params_uncond, guidance, previous)
+    return _inv_triton(*inputs, reference.RULES.index(rule), "a" in what, "b" in what, scale == "softplus", soft_clip)
+
+
+def _refuse_triton(x, *rest):
+    if torch.float64 in (x.dtype, rest[0].dtype):
+        return "no float64"
+    if not 0 < x.shape[-1] <= _WIDEST:
+        return f"needs 1 to {_WIDEST} features; got {x.shape[-1]}"
+    return dispatch.refuse_triton(x)
+
+
 def _refuse_cpu(x, *rest):
     return _native.refuse_cpu(x)
 
 
-def _refuse_inverse(z, params, params_uncond, guidance, *rest):
-    if checks.needs_grad(z, params, params_uncond, guidance):
-        return "no backward; the gradient goes through the plain torch form"
-    return _native.refuse_cpu(z)
+def _refuse_inverse(refuse):
+    def reason(z, params, params_uncond, guidance, *rest):
+        if checks.needs_grad(z, params, params_uncond, guidance):
+            return "no backward; the gradient goes through the plain torch form"
+        return refuse(z, params)
+
+    return reason
 
 
 def _probe(device):
@@ -270,13 +296,15 @@ _FORWARD_TABLE = dispatch.Table(
     _FORWARD,
     _prepare_forward,
     dispatch.Backend("cpu", _refuse_cpu, _native_forward, _native_backward),
+    dispatch.Backend("triton", _refuse_triton, _triton_forward, _triton_backward),
     dispatch.Backend("reference", dispatch.never, reference.flow_affine_forward),
     probe=_probe,
 )
 _INVERSE_TABLE = dispatch.Table(
     _INVERSE,
     _prepare_inverse,
-    dispatch.Backend("cpu", _refuse_inverse, _native_inverse),
+    dispatch.Backend("cpu", _refuse_inverse(_refuse_cpu), _native_inverse),
+    dispatch.Backend("triton", _refuse_inverse(_refuse_triton), _triton_inverse),
     dispatch.Backend("reference", dispatch.never, reference.flow_affine_inverse),
     probe=_probe,
 )

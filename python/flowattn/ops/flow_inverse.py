@@ -7,6 +7,7 @@ import torch
 
 from flowattn import _native, checks, dispatch
 from flowattn.ops import flow_affine, flow_block, flow_solvers, implicit
+from flowattn.ops.flow_decode import TritonNetwork, refuse_decode
 from flowattn.ops.flow_network import NativeNetwork, ReferenceNetwork
 from flowattn.ops.flow_solvers import InverseStatus, Problem, Rule, Windows
 from flowattn.reference import flow_affine as columns
@@ -371,6 +372,7 @@ _TABLE = dispatch.Table(
     _INVERSE,
     _prepare,
     dispatch.Backend("cpu", _refuse_cpu, NativeNetwork),
+    dispatch.Backend("triton", refuse_decode, TritonNetwork),
     dispatch.Backend("reference", dispatch.never, ReferenceNetwork),
     probe=_probe,
 )

@@ -58,6 +58,7 @@ class Network:
     """What the solvers need of a block under given conditions, for tokens like `z` (B, T, D)."""
 
     native = False
+    sequential = None  # or a method that does all steps itself: (tokens, z, guidance, begin, rule, what, clamp) -> info
 
     def __init__(self, block, z, conditions, cache=None):
         self.block, self.conditions = block, conditions
@@ -83,6 +84,8 @@ class Network:
 
 
 class ReferenceNetwork(Network):
+    attention = staticmethod(reference.attention)
+
     def shaped(self, part):
         spec, rows = self.block.spec, self.batch * self.conditions.streams
         shape = (len(self.block.layers), rows, spec.kv_heads, self.slots + 1, spec.head_dim)
@@ -96,7 +99,8 @@ class ReferenceNetwork(Network):
         if tokens.device.type == "cpu" and hi.numel():
             used = max(min(int(hi.max()) + self.conditions.prefix_length, self.slots), 1)
         with torch.autocast(tokens.device.type, enabled=False):
-            return reference.window(self.block, tokens, self.conditions, self.keys, self.values, steps, valid, used)
+            memory = (self.keys, self.values, steps, valid, used)
+            return reference.window(self.block, tokens, self.conditions, *memory, self.attention)
 
 
 class _Packed:

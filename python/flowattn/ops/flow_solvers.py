@@ -101,7 +101,7 @@ def sequential(problem, tokens, begin):
     """One step after the other from `begin` on, exact; writes into `tokens`."""
     network, batch = problem.network, tokens.shape[0]
     count = network.steps - begin
-    if network.native:
+    if network.sequential is not None:
         guided = (problem.guidance, begin, problem.rule, problem.what, problem.clamp)
         info = network.sequential(tokens, problem.z, *guided)
     else:

@@ -7,11 +7,16 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def linear(x, layer, exact=False):
-    """x W^T + b in the weights' type where that is a half type (unless `exact`), else in the type of x."""
+    """x W^T + b, computed in the weights' type where that is a half type (unless `exact`), else in the type of x."""
+    return product(x, layer, exact).to(x.dtype)
+
+
+def product(x, layer, exact=False):
+    """The same in the type in which it was computed."""
     half = layer.weight.dtype in HALF and x.dtype != torch.float64 and not exact
-    dtype = layer.weight.dtype if half else x.dtype
+    dtype = layer.weight.dtype if half else torch.float32 if x.dtype in HALF else x.dtype
     bias = None if layer.bias is None else layer.bias.to(dtype)
-    return F.linear(x.to(dtype), layer.weight.to(dtype), bias).to(x.dtype)
+    return F.linear(x.to(dtype), layer.weight.to(dtype), bias)
 
 
 def normalise(x, norm, spec):
@@ -45,22 +50,26 @@ def embed(block, tokens, conditions, steps=None):
 
 
 def transformer(block, h, rope, attend):
-    """The layers over h (S, n, C); attend(layer number, q, k, v) -> (S, n, H d) with q (S, n, H, d)."""
+    """The layers over h (S, n, C); attend(layer number, q, k, v) -> (S, n, H d) with q (S, n, H, d).
+
+    What a product rounded to a half type stays in it up to where the next one rounds again.
+    """
     spec = block.spec
     heads, kv_heads, width = spec.heads, spec.kv_heads, spec.head_dim
     for number, layer in enumerate(block.layers):
-        qkv = linear(normalise(h, layer.norm1, spec), layer.qkv).unflatten(-1, (heads + 2 * kv_heads, width))
+        qkv = product(normalise(h, layer.norm1, spec), layer.qkv).unflatten(-1, (heads + 2 * kv_heads, width))
         q, k, v = qkv.split((heads, kv_heads, kv_heads), 2)
-        q, k = normalise(q, layer.q_norm, spec), normalise(k, layer.k_norm, spec)
+        if layer.q_norm is not None or rope is not None:
+            q, k = normalise(q.to(h.dtype), layer.q_norm, spec), normalise(k.to(h.dtype), layer.k_norm, spec)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        h = h + normalise(linear(attend(number, q, k, v), layer.proj), layer.post1, spec)
+        h = h + normalise(product(attend(number, q, k, v), layer.proj).to(h.dtype), layer.post1, spec)
         a = normalise(h, layer.norm2, spec)
         if spec.mlp == "gelu":
-            a = F.gelu(linear(a, layer.up))
+            a = F.gelu(product(a, layer.up))
         else:
-            a = F.gelu(linear(a, layer.gate), approximate="tanh") * linear(a, layer.up)
-        h = h + normalise(linear(a, layer.down), layer.post2, spec)
+            a = F.gelu(linear(a, layer.gate), approximate="tanh") * product(a, layer.up)
+        h = h + normalise(product(a, layer.down).to(h.dtype), layer.post2, spec)
     return h
 
 
@@ -94,7 +103,7 @@ def parallel(block, tokens, conditions):
         q = q * factor[:, None, None, None]
         q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return out.transpose(1, 2).flatten(2).to(h.dtype)
+        return out.transpose(1, 2).flatten(2)
 
     return outputs(block, transformer(block, h, rope, attend)[:, prefix:])
 
@@ -106,7 +115,7 @@ def attention(q, keys, values, scale, slots):
     slots are taken out, and a query that does see one becomes NaN.
     """
     group = q.shape[2] // keys.shape[1]
-    keys, values = (x.to(q.dtype) for x in (keys, values))
+    q, keys, values = (x.to(scale.dtype) for x in (q, keys, values))
     bad = ~(keys.isfinite().all(-1) & values.isfinite().all(-1))
     keys, values = (x.masked_fill(bad.unsqueeze(-1), 0.0) for x in (keys, values))
     if group > 1:
@@ -118,11 +127,12 @@ def attention(q, keys, values, scale, slots):
     return torch.einsum("shnm,shmd->snhd", p, values).flatten(2)
 
 
-def window(block, tokens, conditions, keys, values, steps, valid, used):
+def window(block, tokens, conditions, keys, values, steps, valid, used, attention=attention):
     """Raw outputs (S, n, 2D) of the steps (B, n), whose keys and values go into the cache; `valid` (B, n) marks the
     steps that are meant, -P .. -1 are the prefix, and only the first `used` slots of the cache hold anything.
 
     keys, values: (layers, S, Hkv, slots, d), whose last slot is the waste bin of the steps that are not meant.
+    attention: what takes the place of the function above.
     """
     streams, prefix = conditions.streams, conditions.prefix_length
     read = (steps + block.first - 1).clamp(0, tokens.shape[1] - 1)

@@ -1,0 +1,78 @@
+"""Tile shapes of the decode kernels, in one place for tuning. Not measured yet: chosen by count.
+
+A few-row product holds a whole tile of weights in registers; the counts aim at two programs for each multiprocessor of
+an H100, so that the reads of all of them are under way at once.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+MOST_PARTS = 4  # of a product split along its depth: the next kernel adds them up in every program
+
+
+class Config(NamedTuple):
+    programs: int = 264  # wanted at least
+    few: int = 4  # most rows whose products need no tensor cores
+    few_columns: int = 8  # of a program with few rows, at depths from 1024 on
+    few_weights: int = 64  # of one of its threads
+    splits: int = 8  # most shares of the keys of a row and head
+    keys: int = 64  # lanes of keys of a program, with heads of 64
+    attention_warps: int = 4
+    columns: int = 32  # of a program with many rows
+    depth: int = 64  # of its tiles
+    stages: int = 4
+    early: bool = True  # kernels start while the one before ends, where the device can
+    graph_steps: int = 4  # captured in one graph
+
+
+DEFAULT = Config()
+
+
+def power(n):
+    return triton.next_power_of_2(max(n, 1))
+
+
+def few_columns(config, columns, depth, depths=1):
+    """BN of a product for few rows: depth is its padded tile. What a program reads besides its weights is the rows, four
+    float32 numbers for each of the depth, so that fewer than 8 columns would make that the larger part."""
+    block = config.few_columns * max(1024 // depth, 1)
+    while block > 4 and triton.cdiv(columns, block) * depths < config.programs // 2:
+        block //= 2
+    return block
+
+
+def few_warps(config, columns, depth):
+    """No more than have four weights of a column a thread, so that their layout is that of the rows they meet."""
+    return max(min(columns * depth // (32 * config.few_weights), depth // 128, 16), 1)
+
+
+def few_depth(depth):
+    """BK of a product whose depth is cut into parts."""
+    return max(power(triton.cdiv(depth, MOST_PARTS)), 32)
+
+
+def many_depth(config, rows_tiles, columns, depth):
+    """The share of the depth of one part, with many rows."""
+    programs = rows_tiles * triton.cdiv(columns, config.columns)
+    parts = max(1, min(MOST_PARTS, config.programs // 2 // programs))
+    return triton.cdiv(triton.cdiv(depth, parts), config.depth) * config.depth
+
+
+def attention_tile(config, group, head_dim):
+    """(query heads, lanes of keys) of a program."""
+    heads = min(power(group), max(256 // head_dim, 1))
+    return heads, max(config.keys * 64 // (head_dim * heads), 8)
+
+
+def splits(config, programs, few):
+    """Shares into which the keys are cut, for so many rows times key heads."""
+    wanted = power(triton.cdiv(config.programs, programs))
+    if not few and 2 * programs >= config.programs:
+        return 1
+    return min(wanted, config.splits)
+
+
+def precision(dtype):
+    return "ieee" if dtype == torch.float32 else "tf32"
