@@ -147,10 +147,12 @@ __global__ void __launch_bounds__(kScanThreads, Full ? 2 : 3)
     }
     __syncthreads();  // the next tile writes to scalars and maps
   }
+  leave_cluster(args.look_back);
 }
 
 template <class S, class G, int V, bool Full>
-__global__ void __launch_bounds__(kScanThreads, 2) linear_scan_bwd_kernel(const __grid_constant__ LinearScanArgs args) {
+__global__ void __launch_bounds__(kScanThreads, Full ? 2 : 3)
+    linear_scan_bwd_kernel(const __grid_constant__ LinearScanArgs args) {
   constexpr int N = kLinearBwdTokens, KA = Full ? V : 1;
   typedef WarpMaps<V, 0, Full, double> Maps;
   __shared__ Maps maps;
@@ -317,6 +319,7 @@ __global__ void __launch_bounds__(kScanThreads, 2) linear_scan_bwd_kernel(const 
     }
     __syncthreads();
   }
+  leave_cluster(args.look_back);
 }
 
 }  // namespace flowattn

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
       if (thread < shape.tile) tokens[thread] = {a, g, sums.u, code};
       return sums;
     };
-    const bool looks_back = look_back.ticket && run.tile > 0;
+    const bool looks_back = look_back.used() && run.tile > 0;
     Sums sums = weigh(carry);
     if (thread < shape.tile) sums_at[thread + 1] = {sums.m, sums.u, local.cut};
     if (thread == 0) sums_at[0] = {carry.m, carry.u, false};
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
     __syncthreads();
 
     const Sums tile = sums_at[shape.tile];
-    if (!look_back.ticket) {
+    if (!look_back.used()) {
       if (thread < columns) mean = maps.pass(thread, columns, mean);
       carry = {tile.m, tile.u, false};
     } else {
@@ -226,13 +226,13 @@ __global__ void __launch_bounds__(kScanThreads, 3)
       if (thread < columns) {
         tile_mean = maps.pass(thread, columns, 0.0f);
         if (!ends_block) {
-          Word* to = look_back.tile(shape, run.line, run.tile);
+          Word* to = published(shape, look_back, run, words);
           publish(to + 2 + thread, word_of(tile_mean));
           if (thread == 0) publish(to, word_of(tile.m, tile.cut)), publish(to + 1, word_of(tile.u));
         }
       }
+      fetch_tiles(shape, look_back, run, index, words, words + states * size);
       if (looks_back) {
-        fetch(look_back.tile(shape, run.line, run.tile - index), index * size, words + states * size);
         if (states) fetch(look_back.state(shape, run.line, number - 1), size, words);
         __syncthreads();
         if (warp * kWarp < columns) {  // each of these warps finds the sums of all entries, a lane each
@@ -309,6 +309,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
     }
     __syncthreads();  // the next tile writes to tokens and maps
   }
+  leave_cluster(look_back);
 }
 
 // The scalars of a token in the backward.
@@ -477,6 +478,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       }
     }
   }
+  leave_cluster(args.look_back);
 }
 
 }  // namespace flowattn

@@ -7,7 +7,8 @@
 //   * from the tile before, which the same block took, where there are lines enough to fill the GPU, else
 //   * by looking back. Each tile publishes what it does to a state as soon as it knows, and the last of every `block`
 //     tiles publishes its final state. A tile takes the latter from the block before its own, then applies the tiles in
-//     between, in order. The order of all sums is fixed by the shape, so results are bitwise repeatable.
+//     between, in order. Up to kScanCluster tiles of a line form a cluster where the GPU has them: it then publishes
+//     in shared memory. The order of all sums is fixed by the shape, so results are bitwise repeatable.
 #pragma once
 
 #include "common/scan.h"
@@ -19,6 +20,7 @@ constexpr int kScanThreads = 256, kScanWarps = kScanThreads / kWarp;
 constexpr int kScanColumns = 128;        // most columns of a tile
 constexpr int kScanTile = kScanThreads;  // most tokens of a tile: their scalars take a thread each
 constexpr int kScanBlock = 32;           // most tiles of a block: the entries of a look-back fit a warp
+constexpr int kScanCluster = 8;          // most tiles of a cluster
 
 struct ScanShape {
   int64_t tokens;
@@ -205,7 +207,7 @@ __device__ inline void apply(const float (&a)[KA], float (&h)[K], const float (&
   for (int k = 0; k < K; ++k) h[k] = h[k] == 0.0f ? b[k] : fmaf(a[KA == 1 ? 0 : k], h[k], b[k]);
 }
 // Rare, so not in line.
-__device__ __noinline__ float apply_exactly(double a, float h, float b) {
+__device__ __noinline__ inline float apply_exactly(double a, float h, float b) {
   return h == 0.0f ? b : static_cast<float>(fma(a, static_cast<double>(h), static_cast<double>(b)));
 }
 // Conversions are slow, so products that floats hold well are taken as such.
@@ -380,12 +382,21 @@ __device__ inline void read_word(Word word, double& x) {
 __device__ inline Word peek(const Word* at) { return *const_cast<const volatile Word*>(at); }
 __device__ inline void publish(Word* at, Word word) { *const_cast<volatile Word*>(at) = word; }
 
+// Shared memory for what a look-back fetches: a state and the maps of all but one tile of a block. Behind them lies
+// what a tile of a cluster publishes.
+constexpr int kLookBackColumns = 2048;  // most columns times tiles of a block; half as many with a factor a column
+constexpr int kTileWords = 2 * kScanColumns + 2;
+constexpr int kScanWords = kLookBackColumns + kScanColumns + 4 * kScanBlock;
+static_assert(kScanColumns + 1 + kScanCluster * kTileWords <= kScanWords);
+
 struct ScanLookBack {
-  unsigned* ticket;  // nullptr: a block takes all tiles of a line. All memory here starts as zeros.
+  bool cluster;      // the tiles of a line form a cluster, and are fewer than `block`
+  unsigned* ticket;  // nullptr, and no cluster: a block takes all tiles of a line. All memory here starts as zeros.
   Word* tiles;       // (lines, tiles, tile_words): what a tile does to a state
   Word* states;      // (lines, blocks, state_words): the state after a block of tiles
   int block, tile_words, state_words;
 
+  __device__ bool used() const { return ticket || cluster; }
   __device__ Word* tile(const ScanShape& shape, int line, int tile) const {
     return tiles + (int64_t{line} * shape.tiles + tile) * tile_words;
   }
@@ -401,6 +412,7 @@ struct ScanRun {
 
   __device__ ScanRun(const ScanShape& shape, const ScanLookBack& look_back)
       : line(blockIdx.x), tile(0), end(shape.tiles) {
+    if (look_back.cluster) line = blockIdx.x / shape.tiles, tile = blockIdx.x % shape.tiles, end = tile + 1;
     if (!look_back.ticket) return;
     __shared__ unsigned ticket;
     if (threadIdx.x == 0) ticket = atomicAdd(look_back.ticket, 1u);
@@ -428,9 +440,49 @@ __device__ inline void fetch(const Word* from, int count, Word* to) {
   }
 }
 
-// Shared memory for what a look-back fetches: a state and the maps of all but one tile of a block.
-constexpr int kLookBackColumns = 2048;  // most columns times tiles of a block; half as many with a factor a column
-constexpr int kScanWords = kLookBackColumns + kScanColumns + 4 * kScanBlock;
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// A word of the same place in the shared memory of block `rank` of the cluster.
+__device__ inline Word peer_word(const Word* at, int rank) {
+  Word word = 0;
+#if __CUDA_ARCH__ >= 900
+  const auto own = static_cast<unsigned>(__cvta_generic_to_shared(at));
+  unsigned peer;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(own), "r"(rank));
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(word) : "r"(peer) : "memory");
+#endif
+  return word;
+}
+
+// Where this tile publishes what it does. `words`: the shared memory of kScanWords.
+__device__ inline Word* published(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
+                                  Word* words) {
+  return look_back.cluster ? words + kScanWords - kTileWords : look_back.tile(shape, run.line, run.tile);
+}
+
+// Copies what the `before` tiles before this one published to `to`. All blocks of a cluster call it, once;
+// leave_cluster is the last that they do. The next barrier shows the words to the block.
+__device__ inline void fetch_tiles(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
+                                   int before, Word* words, Word* to) {
+  const int size = look_back.tile_words;
+  if (!look_back.cluster) return fetch(look_back.tile(shape, run.line, run.tile - before), before * size, to);
+  cluster_arrive(), cluster_wait();
+  const Word* from = published(shape, look_back, run, words);
+  for (int at = threadIdx.x; at < before * size; at += kScanThreads) to[at] = peer_word(from + at % size, at / size);
+  cluster_arrive();
+}
+// Other blocks of the cluster may read this one's shared memory until here.
+__device__ inline void leave_cluster(const ScanLookBack& look_back) {
+  if (look_back.cluster) cluster_wait();
+}
 
 // Publishes what this tile does, finds the state before it and, after the last tile of a block, publishes that after
 // it: number `at` of the state before the tile, for thread `at` of `numbers` = columns of the tile + X. Where no tile
@@ -440,7 +492,7 @@ template <int V, int X, bool Full, class A>
 __device__ inline void find_states(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
                                    WarpMaps<V, X, Full, A>& maps, Word* words, float& carry) {
   const int numbers = shape.columns + X, factors = Full ? shape.columns : 1, at = threadIdx.x;
-  if (!look_back.ticket) {
+  if (!look_back.used()) {
     if (at < numbers) carry = maps.pass(at, shape.columns, carry);
     __syncthreads();
     return;
@@ -448,11 +500,11 @@ __device__ inline void find_states(const ScanShape& shape, const ScanLookBack& l
   const int number = run.tile / look_back.block, before = run.tile % look_back.block;
   const bool ends_block = before == look_back.block - 1;
   if (!ends_block && at < numbers) {
-    Word* to = look_back.tile(shape, run.line, run.tile);
+    Word* to = published(shape, look_back, run, words);
     publish(to + factors + at, word_of(maps.sum(at, shape.columns)));
     if (at < factors) publish(to + at, word_of(maps.product(at), maps.any_cut()));
   }
-  fetch(look_back.tile(shape, run.line, run.tile - before), before * look_back.tile_words, words + numbers);
+  fetch_tiles(shape, look_back, run, before, words, words + numbers);
   if (number > 0) fetch(look_back.state(shape, run.line, number - 1), numbers, words);
   __syncthreads();
   if (at < numbers) {
