@@ -313,7 +313,7 @@ class StagedRows {
     fetch(), fetch();
   }
   // The row fetched first.
-  __device__ NormBwdRow<S> read(int64_t row) const {
+  __device__ NormBwdRow<S> read(int64_t) const {
     asm volatile("cp.async.wait_group %0;" ::"n"(kNormStages - 1) : "memory");
     NormBwdRow<S> staged{{coming_[0].from, to_}, to_ + kPart, nullptr, coming_[0].stats};
     const S* more = to_ + 2 * kPart;

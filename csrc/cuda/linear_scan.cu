@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_bwd_cuda(Tensor dout, MaybeTensor
   call.with_kernel([&](auto s, auto g, auto v, auto full) {
     using S = decltype(s);
     using G = decltype(g);
-    args.shape = scan_shape(kOp, out, v, kLinearBwdTokens, !reverse);
+    args.shape = scan_shape(kOp, out, v, kLinearBwdTokens<full>, !reverse);
     const auto kernel = linear_scan_bwd_kernel<S, G, v, full>;
     const LookBackMemory memory = call.look_back(reinterpret_cast<const void*>(kernel), launch.stream());
     args.look_back = memory.view;

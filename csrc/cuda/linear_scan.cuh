@@ -28,7 +28,8 @@ struct LinearScanArgs {
 // Tokens a thread keeps: 256 bytes of inputs at most, in the forward and in the backward.
 template <class S, class G, bool Full>
 constexpr int kLinearFwdTokens = !Full || sizeof(G) <= sizeof(S) ? 8 : 4;
-constexpr int kLinearBwdTokens = 4;
+template <bool Full>
+constexpr int kLinearBwdTokens = Full ? 4 : 8;
 
 // The scalars of a token in shared memory; `gate` where a token has one.
 struct TokenGate {
@@ -151,9 +152,8 @@ __global__ void __launch_bounds__(kScanThreads, Full ? 2 : 3)
 }
 
 template <class S, class G, int V, bool Full>
-__global__ void __launch_bounds__(kScanThreads, Full ? 2 : 3)
-    linear_scan_bwd_kernel(const __grid_constant__ LinearScanArgs args) {
-  constexpr int N = kLinearBwdTokens, KA = Full ? V : 1;
+__global__ void __launch_bounds__(kScanThreads, 2) linear_scan_bwd_kernel(const __grid_constant__ LinearScanArgs args) {
+  constexpr int N = kLinearBwdTokens<Full>, KA = Full ? V : 1;
   typedef WarpMaps<V, 0, Full, double> Maps;
   __shared__ Maps maps;
   __shared__ TokenGate scalars[kScanTile];
