@@ -42,7 +42,8 @@ PYTHON_ABI_TARGET = "0x030a0000"  # Python 3.10
 ISAS = {"baseline": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
 CXXFLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fdiagnostics-color=always", "-Wall", "-Wno-psabi"]
 KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-funroll-loops"]
-NVCCFLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-lineinfo"]
+# No -lineinfo: it more than doubles the library. A profiler's build adds it with NVCC_APPEND_FLAGS, which nvcc reads.
+NVCCFLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def find_cxx():

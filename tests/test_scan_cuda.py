@@ -18,6 +18,7 @@ SHAPES = (  # B, T, H, D: a line is (row, head, column block)
     (1, 1_100, 2, 264),  # several column blocks
     (2, 1_500, 1, 5),  # single elements instead of vectors
     (40, 700, 8, 64),  # lines enough to take their tiles in turn
+    (2, 1_000, 3, 64),  # few tiles: clusters, where the GPU has them
 )
 on_shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "B{}-T{}-H{}-D{}".format(*shape))
 
@@ -192,10 +193,10 @@ def make_call(op, shape):
 
 
 OPS = pytest.mark.parametrize("op", (fa.prefix_attention, fa.linear_scan), ids=lambda op: op.__name__)
-LONG, MANY = (1, 40_000, 8, 64), (64, 1_000, 8, 64)  # tiles that look back, and tiles in turn
+LONG, MANY, SHORT = (1, 40_000, 8, 64), (64, 1_000, 8, 64), (1, 1_000, 8, 64)  # each schedule of tiles
 
 
-@pytest.mark.parametrize("shape", (LONG, MANY), ids=("look_back", "in_turn"))
+@pytest.mark.parametrize("shape", (LONG, MANY, SHORT), ids=("look_back", "in_turn", "cluster"))
 @OPS
 def test_bitwise_repeatable(native, op, shape):
     """In every schedule, with the flag and without; other work on the GPU changes when tiles run."""
@@ -210,7 +211,7 @@ def test_bitwise_repeatable(native, op, shape):
         assert all(torch.equal(x, y) for x, y in zip(call(), first))
 
 
-@pytest.mark.parametrize("shape", (LONG, MANY), ids=("look_back", "in_turn"))
+@pytest.mark.parametrize("shape", (LONG, MANY, SHORT), ids=("look_back", "in_turn", "cluster"))
 @OPS
 def test_graph_replay(native, op, shape):
     torch.use_deterministic_algorithms(False)

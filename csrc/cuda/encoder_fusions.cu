@@ -161,6 +161,8 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd_cuda(Tensor dy, Tensor x, MaybeTensor b
 
 // ---- bias_residual_layer_norm
 
+constexpr int64_t kMostNormStages = 96 << 10;  // bytes that every GPU from compute capability 8.0 on gives a block
+
 // Calls run(V, Team, K) as compile-time constants, for rows of `width` elements. A thread keeps at most 32 columns.
 template <class S, int V, int WidestTeam, class Run>
 void with_team(int width, const Run& run) {
@@ -173,6 +175,8 @@ void with_team(int width, const Run& run) {
     run(v, warp, integral_constant<int, 8 / V>{});
   } else if (width <= 16 * kWarp) {
     run(v, warp, integral_constant<int, 16 / V>{});
+  } else if (V > 1 && width <= 24 * kWarp) {
+    run(v, warp, integral_constant<int, V == 1 ? 16 : 24 / V>{});
   } else if (width <= 32 * kWarp) {
     run(v, warp, integral_constant<int, 32 / V>{});
   } else if (width <= 16 * block) {
@@ -260,12 +264,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bias_residual_layer_norm_bwd_cuda(Ten
     args.dz = rows_of<const S>(dz);
     args.dx = rows_of<S>(results.dx);
     with_vectors_and_team<S, 512>(alignment.vectors(), args.width, [&](auto v, auto team, auto k) {
-      const int64_t most = int64_t{processors(kNorm, x)} * kNormBlocks<team, k * v>;
-      const int64_t blocks = std::clamp<int64_t>(ceil_div(args.rows, kNormThreads<team> / team), 1, most);
+      // A block for each multiprocessor, then 4 rows a team: few partial sums.
+      const int64_t teams = kNormThreads<team> / team, least = processors(kNorm, x);
+      const int64_t wanted = std::max(ceil_div(args.rows, 4 * teams), std::min(ceil_div(args.rows, teams), least));
+      const int64_t blocks = std::clamp<int64_t>(wanted, 1, least * kNormBlocks<team, k * v>);
       const Tensor partials = empty_floats(x, {want_params ? blocks : 0, 3, args.width});
       if (want_params) args.partials = partials.mutable_data_ptr<float>();
-      bias_residual_layer_norm_bwd_kernel<S, v, team, k>
-          <<<static_cast<unsigned>(blocks), kNormThreads<team>, 0, launch.stream()>>>(args);
+      const auto kernel = bias_residual_layer_norm_bwd_kernel<S, v, team, k>;
+      int64_t shared = 0;
+      if constexpr (kNormStaged<v, team, k>) {
+        const int64_t part = teams * kNormStages * StagedRows<S, v, team, k>::kPart * sizeof(S);
+        shared = (2 + bool(residual)) * part;
+        args.stage_dz = dz && shared + part <= kMostNormStages;
+        if (args.stage_dz) shared += part;
+        const int bytes = static_cast<int>(shared);
+        check_launch(kNorm, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      }
+      kernel<<<static_cast<unsigned>(blocks), kNormThreads<team>, shared, launch.stream()>>>(args);
       check_launch(kNorm, cudaGetLastError());
       if (want_params) {
         launch_column_sums<S>(kNorm, partials, static_cast<int>(blocks),

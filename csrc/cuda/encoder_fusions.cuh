@@ -5,6 +5,8 @@
 // same bits every time.
 #pragma once
 
+#include <type_traits>
+
 #include "common/gelu.h"
 #include "cuda/row_vectors.cuh"
 
@@ -28,11 +30,8 @@ constexpr int kGeluBlocks = 3;  // a multiprocessor, in the backward: few partia
 
 struct DeviceMath {
   typedef float Scalar;
-  static __device__ float exp(float x) { return __expf(x); }
-  static __device__ float inverse(float x) {  // of 1..2 only; one Newton step: the bare approximation is off by 2 ulp
-    const float r = __fdividef(1.0f, x);
-    return fmaf(r, fmaf(-x, r, 1.0f), r);
-  }
+  static __device__ float exp(float x) { return fast_exp(x); }
+  static __device__ float inverse(float x) { return fast_inverse(x); }  // of 1..2 only
   static __device__ float normal_cdf(float u, float gauss) { return float_normal_cdf(u, gauss); }
 };
 
@@ -138,6 +137,7 @@ struct NormArgs {
   Rows<const S> dy, dz;  // backward
   Rows<S> dx;
   float* partials;  // (gridDim.x, 3, width): sums for bias, weight and ln_bias; or nullptr
+  bool stage_dz;    // backward: dz fits the stages too
 };
 
 template <class S>
@@ -159,9 +159,13 @@ struct NormRow {
 
 // Row `row` of y or of x, and the row of the other that the index gives it.
 template <class S>
-__device__ inline int64_t indexed_row(const NormArgs<S>& args, int64_t row) {
-  const int64_t from = args.index ? args.index[row] : row;
+__device__ inline int64_t indexed_row(const NormArgs<S>& args, int64_t row, int index) {
+  const int64_t from = args.index ? index : row;
   return from >= 0 && from < args.indexed_rows ? from : -1;
+}
+template <class S>
+__device__ inline int64_t indexed_row(const NormArgs<S>& args, int64_t row) {
+  return indexed_row(args, row, args.index ? args.index[row] : 0);
 }
 
 template <class S, int V, int Team, int K>
@@ -218,9 +222,10 @@ __global__ void __launch_bounds__(kNormThreads<Team>, Team == kWarp ? 6 : 1)
   if (threadIdx.x % Team == 0) args.stats[row] = {mean, scale};
 }
 
-// Writes the sums of a block's teams to its partial sums. With K = 0 they are there already.
+// Writes the sums of a block's teams to its partial sums. With K = 0 they are there already. `total`: shared memory
+// that nobody reads any more, (3, columns of a team), where teams are warps.
 template <int V, int Team, int K>
-__device__ inline void store_partials(const Floats<V> (&sums)[3][K], int width, float* partials) {
+__device__ inline void store_partials(const Floats<V> (&sums)[3][K], int width, float* total, float* partials) {
   if constexpr (Team > kWarp) {
 #pragma unroll
     for (int kind = 0; kind < 3; ++kind) {
@@ -230,7 +235,7 @@ __device__ inline void store_partials(const Floats<V> (&sums)[3][K], int width, 
       });
     }
   } else {
-    __shared__ float total[3][K * V * kWarp];
+    constexpr int kColumns = K * V * kWarp;
     for (int team = 0; team < kWarpTeams; ++team) {  // one after the other, in a fixed order
       if (threadIdx.x / kWarp == team) {
 #pragma unroll
@@ -238,8 +243,8 @@ __device__ inline void store_partials(const Floats<V> (&sums)[3][K], int width, 
           each_vector<V, Team, K>(width, [&](int k, int column) {
 #pragma unroll
             for (int e = 0; e < V; ++e) {
-              const float before = team > 0 ? total[kind][column + e] : 0.0f;
-              total[kind][column + e] = before + sums[kind][k][e];
+              float& sum = total[kind * kColumns + column + e];
+              sum = team > 0 ? sum + sums[kind][k][e] : sums[kind][k][e];
             }
           });
         }
@@ -248,7 +253,7 @@ __device__ inline void store_partials(const Floats<V> (&sums)[3][K], int width, 
     }
     for (int kind = 0; kind < 3; ++kind) {
       for (int column = threadIdx.x; column < width; column += kNormThreads<Team>) {
-        partials[kind * width + column] = total[kind][column];
+        partials[kind * width + column] = total[kind * kColumns + column];
       }
     }
   }
@@ -257,13 +262,115 @@ __device__ inline void store_partials(const Floats<V> (&sums)[3][K], int width, 
 // Blocks a multiprocessor in the backward: the register file divided by what three sums of so many columns need.
 template <int Team, int Columns>
 constexpr int kNormBlocks = Team > 256                       ? 1
-                            : (Team > kWarp || Columns > 16) ? 2
+                            : (Team > kWarp || Columns > 24) ? 2
+                            : Columns > 16                   ? 3
                             : Columns > 8                    ? 4
                                                              : 6;
 
+// A row of the backward, its parts in memory or, on the way to a thread, in shared memory.
+template <class S>
+struct NormBwdRow : NormRow<S> {
+  const S *dy, *dz;
+  float2 stats;
+};
+
+template <class S, int Columns>
+class DirectRows {
+ public:
+  __device__ DirectRows(const NormArgs<S>& args, int64_t, int64_t) : args_(args) {}
+  __device__ NormBwdRow<S> read(int64_t row) const {
+    const int64_t from = indexed_row(args_, row);
+    if (from < 0) return {{from}};
+    return {
+        {from, args_.x.row(row), args_.residual.row(row)}, args_.dy.row(from), args_.dz.row(from), args_.stats[from]};
+  }
+  __device__ void pass() {}
+  __device__ float* memory() const {  // (3, columns of a team)
+    __shared__ float memory[3 * Columns];
+    return memory;
+  }
+
+ private:
+  const NormArgs<S>& args_;
+};
+
+// The sums leave no registers to fetch rows ahead, and few warps. So a team copies its next rows into shared memory
+// while it works on one. A thread reads what it copied itself: no barriers.
+constexpr int kNormStages = 2;
+template <int V, int Team, int K>
+constexpr bool kNormStaged = K > 0 && V > 1 && Team <= 256;
+
+template <class S, int V, int Team, int K>
+class StagedRows {
+ public:
+  static constexpr int kPart = K * Team * V;  // elements of a part of a row: x, dy and, if given, residual and dz
+
+  __device__ StagedRows(const NormArgs<S>& args, int64_t first, int64_t turn)
+      : args_(args), next_(first), turn_(turn), next_index_(index_of(first)) {
+    stage_ = 2 + (args.residual.data != nullptr) + (args.dz.data && args.stage_dz);
+    stage_ *= kPart;
+    to_ = reinterpret_cast<S*>(memory()) + threadIdx.x / Team * kNormStages * stage_;
+    fetch(), fetch();
+  }
+  // The row fetched first.
+  __device__ NormBwdRow<S> read(int64_t) const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kNormStages - 1) : "memory");
+    NormBwdRow<S> staged{{coming_[0].from, to_}, to_ + kPart, nullptr, coming_[0].stats};
+    const S* more = to_ + 2 * kPart;
+    if (args_.residual.data) staged.residual = more, more += kPart;
+    if (args_.dz.data) staged.dz = args_.stage_dz ? more : args_.dz.row(max(coming_[0].from, int64_t{0}));
+    return staged;
+  }
+  // That row is done, another one takes its place.
+  __device__ void pass() { fetch(); }
+  static __device__ float* memory() {
+    extern __shared__ uint4 stages[];
+    return reinterpret_cast<float*>(stages);
+  }
+
+ private:
+  struct Coming {
+    int64_t from = -1;
+    float2 stats = {0.0f, 0.0f};
+  };
+  static_assert(kNormStages == 2);
+
+  __device__ int index_of(int64_t row) const { return args_.index && row < args_.rows ? args_.index[row] : -1; }
+
+  __device__ void copy(S* to, const S* row) const {
+    each_vector<V, Team, K>(args_.width, [&](int, int column) {
+      const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to + column));
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(row + column) : "memory");
+    });
+  }
+  // Into the stage that `to_` points to, which becomes the other one.
+  __device__ void fetch() {
+    coming_[0] = coming_[1], coming_[1] = {};
+    if (next_ < args_.rows) coming_[1].from = indexed_row(args_, next_, next_index_);
+    const int64_t from = coming_[1].from;
+    if (from >= 0) {  // whole teams
+      coming_[1].stats = args_.stats[from];
+      copy(to_, args_.x.row(next_)), copy(to_ + kPart, args_.dy.row(from));
+      S* more = to_ + 2 * kPart;
+      if (args_.residual.data) copy(more, args_.residual.row(next_)), more += kPart;
+      if (args_.dz.data && args_.stage_dz) copy(more, args_.dz.row(from));
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    next_ += turn_, next_index_ = index_of(next_);  // the index is here by the time it is used
+    to_ += odd_ ? -stage_ : stage_, odd_ = !odd_;
+  }
+
+  const NormArgs<S>& args_;
+  int64_t next_, turn_;
+  int next_index_, stage_;
+  bool odd_ = false;
+  Coming coming_[kNormStages];
+  S* to_;
+};
+
 template <class S, int V, int Team, int K>
 __global__ void __launch_bounds__(kNormThreads<Team>, kNormBlocks<Team, K * V>)
-    bias_residual_layer_norm_bwd_kernel(const NormArgs<S> args) {
+    bias_residual_layer_norm_bwd_kernel(const __grid_constant__ NormArgs<S> args) {
   const auto each = [&](auto f) { each_vector<V, Team, K>(args.width, f); };
   constexpr int kept = K > 0 ? K : 1, teams = kNormThreads<Team> / Team;
   float* partials = args.partials ? args.partials + int64_t{blockIdx.x} * 3 * args.width : nullptr;
@@ -280,24 +387,24 @@ __global__ void __launch_bounds__(kNormThreads<Team>, kNormBlocks<Team, K * V>)
       });
     }
   }
-  const int64_t turn = int64_t{gridDim.x} * teams;
-  for (int64_t row = int64_t{blockIdx.x} * teams + threadIdx.x / Team; row < args.rows; row += turn) {
+  const int64_t turn = int64_t{gridDim.x} * teams, first = int64_t{blockIdx.x} * teams + threadIdx.x / Team;
+  std::conditional_t<kNormStaged<V, Team, K>, StagedRows<S, V, Team, K>,
+                     DirectRows<S, Team == kWarp ? K * V * Team : 1>>
+      rows(args, first, turn);
+  for (int64_t row = first; row < args.rows; row += turn, rows.pass()) {
     S* dx = args.dx.row(row);
-    const int64_t from = indexed_row(args, row);
-    if (from < 0) {  // whole teams
+    const NormBwdRow<S> source = rows.read(row);
+    if (source.from < 0) {  // whole teams
       const Floats<V> zero = splat<V>(0.0f);
       each([&](int, int column) { store<V>(dx + column, zero); });
       continue;
     }
-    const NormRow<S> source{from, args.x.row(row), args.residual.row(row)};
-    const S *dy = args.dy.row(from), *dz = args.dz.row(from);
-    const float2 stats = args.stats[from];
     Floats<V> normal[kept], grad[kept];
     const auto read = [&](int k, int column) {
-      grad[k] = load<V>(dy + column);
+      grad[k] = load<V>(source.dy + column);
       normal[k] = source.template sum<V>(args, column);
 #pragma unroll
-      for (int e = 0; e < V; ++e) normal[k][e] = (normal[k][e] - stats.x) * stats.y;
+      for (int e = 0; e < V; ++e) normal[k][e] = (normal[k][e] - source.stats.x) * source.stats.y;
     };
     float2 means = {0.0f, 0.0f};
     each([&](int k, int column) {
@@ -316,13 +423,13 @@ __global__ void __launch_bounds__(kNormThreads<Team>, kNormBlocks<Team, K * V>)
     each([&](int k, int column) {
       if constexpr (K == 0) read(k, column);
       const Floats<V> weight = load<V, S>(args.weight, column, 1.0f);
-      const Floats<V> more = dz ? load<V>(dz + column) : splat<V>(0.0f);
+      const Floats<V> more = source.dz ? load<V>(source.dz + column) : splat<V>(0.0f);
       Floats<V> out;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         // Rounded, not fused into the subtraction: else it does not cancel against the mean in a row of width 1.
         const float g = __fmul_rn(grad[k][e], weight[e]);
-        out[e] = stats.y * (g - means.x - normal[k][e] * means.y) + more[e];
+        out[e] = source.stats.y * (g - means.x - normal[k][e] * means.y) + more[e];
         if constexpr (K > 0) {
           sums[0][k][e] += out[e];
           sums[1][k][e] += grad[k][e] * normal[k][e];
@@ -337,7 +444,9 @@ __global__ void __launch_bounds__(kNormThreads<Team>, kNormBlocks<Team, K * V>)
     });
   }
   if constexpr (K > 0) {
-    if (partials) store_partials<V, Team, K>(sums, args.width, partials);
+    if (!partials) return;
+    __syncthreads();  // all rows are done with their shared memory
+    store_partials<V, Team, K>(sums, args.width, rows.memory(), partials);
   }
 }
 
@@ -346,7 +455,7 @@ __global__ void __launch_bounds__(kNormThreads<Team>, kNormBlocks<Team, K * V>)
 // The second stage: blockIdx.y chooses one of the vectors, a warp's lanes lie along 32 columns, and the warps of a
 // block share the partial sums.
 
-constexpr int kColumnWarps = 16;
+constexpr int kColumnWarps = 32;
 
 struct ColumnSumsArgs {
   const float* partials;  // (count, gridDim.y, width)
@@ -363,6 +472,7 @@ __global__ void __launch_bounds__(kWarp* kColumnWarps) column_sums_kernel(const 
   float sum = 0.0f;
   if (column < args.width) {
     const float* partials = args.partials + int64_t{kind} * args.width + column;
+#pragma unroll 4
     for (int at = threadIdx.y; at < args.count; at += kColumnWarps)
       sum += partials[int64_t{at} * gridDim.y * args.width];
   }

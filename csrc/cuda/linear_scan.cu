@@ -65,8 +65,8 @@ struct Call {
     });
   }
 
-  LookBackMemory look_back(cudaStream_t stream) const {
-    return {kOp, x, args.shape, full ? 2 : 1, full ? 0 : 1, 0, stream};
+  LookBackMemory look_back(const void* kernel, cudaStream_t stream) const {
+    return {kOp, x, args.shape, full ? 2 : 1, full ? 0 : 1, 0, kernel, stream};
   }
 };
 
@@ -87,11 +87,10 @@ std::tuple<Tensor, Tensor> linear_scan_fwd_cuda(Tensor gates, Tensor tokens, May
     using S = decltype(s);
     using G = decltype(g);
     args.shape = scan_shape(kOp, tokens, v, kLinearFwdTokens<S, G, full>, reverse);
-    const LookBackMemory memory = call.look_back(launch.stream());
+    const auto kernel = linear_scan_fwd_kernel<S, G, v, full>;
+    const LookBackMemory memory = call.look_back(reinterpret_cast<const void*>(kernel), launch.stream());
     args.look_back = memory.view;
-    const unsigned blocks = scan_blocks(args.shape, args.look_back);
-    linear_scan_fwd_kernel<S, G, v, full><<<blocks, kScanThreads, 0, launch.stream()>>>(args);
-    check_launch(kOp, cudaGetLastError());
+    launch_scan(kOp, kernel, args, launch.stream());
   });
   return {out, final};
 }
@@ -119,8 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_bwd_cuda(Tensor dout, MaybeTensor
   call.with_kernel([&](auto s, auto g, auto v, auto full) {
     using S = decltype(s);
     using G = decltype(g);
-    args.shape = scan_shape(kOp, out, v, kLinearBwdTokens, !reverse);
-    const LookBackMemory memory = call.look_back(launch.stream());
+    args.shape = scan_shape(kOp, out, v, kLinearBwdTokens<full>, !reverse);
+    const auto kernel = linear_scan_bwd_kernel<S, G, v, full>;
+    const LookBackMemory memory = call.look_back(reinterpret_cast<const void*>(kernel), launch.stream());
     args.look_back = memory.view;
     // What a second kernel sums: tiles where gates are constant, column blocks that share a gate.
     int64_t parts = 0;
@@ -131,9 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_bwd_cuda(Tensor dout, MaybeTensor
     }
     const Tensor sums = empty_floats(out, {parts, dgates.numel()});
     if (parts) args.dgate_parts = sums.mutable_data_ptr<float>();
-    const unsigned blocks = scan_blocks(args.shape, args.look_back);
-    linear_scan_bwd_kernel<S, G, v, full><<<blocks, kScanThreads, 0, launch.stream()>>>(args);
-    check_launch(kOp, cudaGetLastError());
+    launch_scan(kOp, kernel, args, launch.stream());
     if (parts) sum_parts(kOp, args.dgate_parts, 1, parts, dgates, launch.stream());
   });
   return {dgates, dtokens, dinitial};

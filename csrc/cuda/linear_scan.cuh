@@ -28,7 +28,8 @@ struct LinearScanArgs {
 // Tokens a thread keeps: 256 bytes of inputs at most, in the forward and in the backward.
 template <class S, class G, bool Full>
 constexpr int kLinearFwdTokens = !Full || sizeof(G) <= sizeof(S) ? 8 : 4;
-constexpr int kLinearBwdTokens = 4;
+template <bool Full>
+constexpr int kLinearBwdTokens = Full ? 4 : 8;
 
 // The scalars of a token in shared memory; `gate` where a token has one.
 struct TokenGate {
@@ -71,23 +72,24 @@ __global__ void __launch_bounds__(kScanThreads, Full ? 2 : 3)
   typedef WarpMaps<V, 0, Full, double> Maps;
   __shared__ Maps maps;
   __shared__ TokenGate scalars[kScanTile];
-  __shared__ float carry[kScanColumns];
   __shared__ Word words[kScanWords];
   const ScanShape& shape = args.shape;
   ScanRun run(shape, args.look_back);
   const ScanThread<V, N> me(shape, run.line);
   const auto initial = [&](int code) { return load<V>(me.at(args.initial, state_of(code)) + me.column); };
-  if (threadIdx.x < kScanColumns) carry[threadIdx.x] = 0.0f;
+  float carry = 0.0f;
 
   for (; run.tile < run.end; ++run.tile) {
     const int64_t first = int64_t{run.tile} * shape.tile, mine = first + me.group * N;
     Pack<S, V> inputs[N];
     Pack<G, V> raw[Full ? N : 1];
+    RowWalk<const S> input(me, args.tokens, shape, mine);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int64_t t = token_at(shape, mine + n);
-      inputs[n] = load_pack<S, V>(me.template at<const S>(args.tokens, t) + me.column);
-      if constexpr (Full) raw[n] = load_pack<G, V>(me.template at<const G>(args.gates, t) + me.column);
+    for (int n = 0; n < N; input.pass(n++)) inputs[n] = load_pack<S, V>(input.row);
+    if constexpr (Full) {
+      RowWalk<const G> row(me, args.gates, shape, mine);
+#pragma unroll
+      for (int n = 0; n < N; row.pass(n++)) raw[n] = load_pack<G, V>(row.row);
     }
     if (threadIdx.x < shape.tile) {
       scalars[threadIdx.x] = token_gate<S>(args, me.row, me.head, first + threadIdx.x, Full);
@@ -126,56 +128,55 @@ __global__ void __launch_bounds__(kScanThreads, Full ? 2 : 3)
     }
     const typename Maps::Map before = maps.scan(map, shape.lanes);
     __syncthreads();
-    if (args.look_back.ticket) look_back_affine(shape, args.look_back, run, maps, words, carry);
+    find_states(shape, args.look_back, run, maps, words, carry);
 
     float h[V];
+    maps.before(h, before, shape.lanes);
+    RowWalk<S> out(me, args.out, shape, mine);
 #pragma unroll
-    for (int e = 0; e < V; ++e) h[e] = carry[me.offset + e];
-    maps.advance(h, before, shape.lanes);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < N; out.pass(n++)) {
       const TokenGate token = scalars[me.group * N + n];
       forget_floats(inputs[n]);
       if constexpr (Full) forget_floats(raw[n]);
       step(n, token, gates_of<KA, Full>(raw[Full ? n : 0], token, args.log_gate), h, false);
-      if (!me.active || mine + n >= shape.tokens) continue;
+      if (!me.active || !out.inside(n)) continue;
       Floats<V> result;
 #pragma unroll
       for (int e = 0; e < V; ++e) result[e] = h[e];
-      store(me.template at<S>(args.out, token_at(shape, mine + n)) + me.column, result);
+      store(out.row, result);
       if (token.code & kFinal) store(me.at(args.final, state_of(token.code)) + me.column, result);
     }
-    __syncthreads();
-    if (run.tile + 1 < run.end) {
-      if (threadIdx.x < shape.columns) carry[threadIdx.x] = maps.after(threadIdx.x, carry[threadIdx.x]);
-      __syncthreads();
-    }
+    __syncthreads();  // the next tile writes to scalars and maps
   }
+  leave_cluster(args.look_back);
 }
 
 template <class S, class G, int V, bool Full>
 __global__ void __launch_bounds__(kScanThreads, 2) linear_scan_bwd_kernel(const __grid_constant__ LinearScanArgs args) {
-  constexpr int N = kLinearBwdTokens, KA = Full ? V : 1;
+  constexpr int N = kLinearBwdTokens<Full>, KA = Full ? V : 1;
   typedef WarpMaps<V, 0, Full, double> Maps;
   __shared__ Maps maps;
   __shared__ TokenGate scalars[kScanTile];
-  __shared__ float carry[kScanColumns];
+  __shared__ float dgate_of[Full ? 1 : kScanTile];
   __shared__ Word words[kScanWords];
   const ScanShape& shape = args.shape;
   ScanRun run(shape, args.look_back);
   const ScanThread<V, N> me(shape, run.line);
-  if (threadIdx.x < kScanColumns) carry[threadIdx.x] = 0.0f;
+  float carry = 0.0f;
 
   for (; run.tile < run.end; ++run.tile) {
     const int64_t first = int64_t{run.tile} * shape.tile, mine = first + me.group * N;
     Pack<S, V> gradients[N], states[N];  // states: h before the token
     Pack<G, V> raw[Full ? N : 1];
+    RowWalk<const S> gradient(me, args.dout, shape, mine), state(me, args.out, shape, mine + 1);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int64_t t = token_at(shape, mine + n);
-      gradients[n] = load_pack<S, V>(me.template at<const S>(args.dout, t) + me.column);
-      states[n] = load_pack<S, V>(me.template at<const S>(args.out, token_at(shape, mine + n + 1)) + me.column);
-      if constexpr (Full) raw[n] = load_pack<G, V>(me.template at<const G>(args.gates, t) + me.column);
+    for (int n = 0; n < N; gradient.pass(n), state.pass(n++)) {
+      gradients[n] = load_pack<S, V>(gradient.row), states[n] = load_pack<S, V>(state.row);
+    }
+    if constexpr (Full) {
+      RowWalk<const G> row(me, args.gates, shape, mine);
+#pragma unroll
+      for (int n = 0; n < N; row.pass(n++)) raw[n] = load_pack<G, V>(row.row);
     }
     if (threadIdx.x < shape.tile) {
       scalars[threadIdx.x] = token_gate<S>(args, me.row, me.head, first + threadIdx.x, Full);
@@ -219,62 +220,56 @@ __global__ void __launch_bounds__(kScanThreads, 2) linear_scan_bwd_kernel(const 
     }
     const typename Maps::Map before = maps.scan(map, shape.lanes);
     __syncthreads();
-    if (args.look_back.ticket) look_back_affine(shape, args.look_back, run, maps, words, carry);
+    find_states(shape, args.look_back, run, maps, words, carry);
 
     float c[V];
     Floats<KA> total = splat<KA>(0.0f);  // gradient of constant gates
+    maps.before(c, before, shape.lanes);
+    RowWalk<S> dtoken(me, args.dtokens, shape, mine);
+    RowWalk<G> dgate_row(me, args.dgates, shape, mine);
 #pragma unroll
-    for (int e = 0; e < V; ++e) c[e] = carry[me.offset + e];
-    maps.advance(c, before, shape.lanes);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < N; dtoken.pass(n), dgate_row.pass(n++)) {
       const TokenGate token = scalars[me.group * N + n];
       forget_floats(gradients[n]);
       if constexpr (Full) forget_floats(raw[n]);
       const Floats<KA> gate = gates_of<KA, Full>(raw[Full ? n : 0], token, args.log_gate);
-      const int64_t t = token_at(shape, mine + n);
-      const bool inside = mine + n < shape.tokens, outside = token.code & kOutside;
+      const bool inside = dtoken.inside(n), outside = token.code & kOutside;
       Floats<V> sum = lambda(n, token, c), state = floats(states[n]);
       if (token.code & kInitial) state = load<V>(me.at(args.initial, state_of(token.code)) + me.column);
       const bool fresh = (token.code & kFirst) && !(token.code & kInitial);  // the gate acts on nothing
-      Floats<V> dgate;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
         if (outside) sum[e] = 0.0f;
         c[e] = gate[Full ? e : 0] * sum[e];
-        dgate[e] = fresh || !me.active ? 0.0f : sum[e] * state[e];
-        if (args.log_gate && !fresh) dgate[e] *= gate[Full ? e : 0];
       }
       if constexpr (Full) {
+        Floats<V> dgate;
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          dgate[e] = fresh || !me.active ? 0.0f : sum[e] * state[e];
+          if (args.log_gate && !fresh) dgate[e] *= gate[e];
+        }
         if (args.constant_gates) {
 #pragma unroll
           for (int e = 0; e < V; ++e) total[e] += dgate[e];
         } else if (inside && me.active) {
-          store(me.template at<G>(args.dgates, t) + me.column, dgate);
+          store(dgate_row.row, dgate);
         }
       } else {
         float of_token = 0.0f;
 #pragma unroll
-        for (int e = 0; e < V; ++e) of_token += dgate[e];
+        for (int e = 0; e < V; ++e) of_token = fmaf(sum[e], state[e], of_token);
+        if (args.log_gate) of_token *= token.gate;
+        if (fresh || !me.active) of_token = 0.0f;
         if (args.constant_gates) {
           total[0] += of_token;
         } else {
           of_token = group_sum(of_token, shape.lanes);
-          if (inside && me.lane == 0) {
-            const int64_t at = (me.row * shape.tokens + t) * shape.heads + me.head;
-            if (args.dgate_parts) {
-              const int64_t all = int64_t{shape.lines} / shape.column_blocks * shape.tokens;
-              args.dgate_parts[me.column_block * all + at] = of_token;
-            } else if (args.float_gates) {
-              static_cast<float*>(args.dgates.data)[at] = of_token;
-            } else {
-              from_float(of_token, static_cast<S*>(args.dgates.data)[at]);
-            }
-          }
+          if (me.lane == 0) dgate_of[me.group * N + n] = of_token;
         }
       }
       if (!inside || !me.active) continue;
-      store(me.template at<S>(args.dtokens, t) + me.column, sum);
+      store(dtoken.row, sum);
       if (token.code & kInitial) {
         Floats<V> before_all;
 #pragma unroll
@@ -282,13 +277,24 @@ __global__ void __launch_bounds__(kScanThreads, 2) linear_scan_bwd_kernel(const 
         store(me.at(args.dinitial, state_of(token.code)) + me.column, before_all);
       }
     }
-    __syncthreads();
-    if (run.tile + 1 < run.end) {
-      if (threadIdx.x < shape.columns) carry[threadIdx.x] = maps.after(threadIdx.x, carry[threadIdx.x]);
-      __syncthreads();
-    }
+    __syncthreads();  // the next tile writes to scalars and maps
 
-    if (!args.constant_gates) continue;
+    if (!args.constant_gates) {
+      const int64_t position = first + threadIdx.x;
+      if (!Full && threadIdx.x < shape.tile && position < shape.tokens) {
+        const int64_t at = (me.row * shape.tokens + token_at(shape, position)) * shape.heads + me.head;
+        const float of_token = dgate_of[threadIdx.x];
+        if (args.dgate_parts) {
+          const int64_t all = int64_t{shape.lines} / shape.column_blocks * shape.tokens;
+          args.dgate_parts[me.column_block * all + at] = of_token;
+        } else if (args.float_gates) {
+          static_cast<float*>(args.dgates.data)[at] = of_token;
+        } else {
+          from_float(of_token, static_cast<S*>(args.dgates.data)[at]);
+        }
+      }
+      continue;
+    }
     // The sum over the tile: of the groups of a warp, then of the warps. maps.b serves as memory.
     for (int by = Full ? shape.lanes : 1; by < kWarp; by *= 2) {
 #pragma unroll
@@ -313,6 +319,7 @@ __global__ void __launch_bounds__(kScanThreads, 2) linear_scan_bwd_kernel(const 
     }
     __syncthreads();
   }
+  leave_cluster(args.look_back);
 }
 
 }  // namespace flowattn

@@ -84,11 +84,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_
   args.m_final = scan_state(m_final), args.u_final = scan_state(u_final);
   call.with_kernel([&](auto s, auto v) {
     args.shape = scan_shape(kOp, values, v, kPrefixFwdTokens, reverse);
-    const LookBackMemory memory(kOp, values, args.shape, 1, 2, 2, launch.stream());
+    const auto kernel = prefix_attention_fwd_kernel<decltype(s), v>;
+    const LookBackMemory memory(kOp, values, args.shape, 1, 2, 2, reinterpret_cast<const void*>(kernel),
+                                launch.stream());
     args.look_back = memory.view;
-    const unsigned blocks = scan_blocks(args.shape, args.look_back);
-    prefix_attention_fwd_kernel<decltype(s), v><<<blocks, kScanThreads, 0, launch.stream()>>>(args);
-    check_launch(kOp, cudaGetLastError());
+    launch_scan(kOp, kernel, args, launch.stream());
   });
   return results;
 }
@@ -122,7 +122,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attention_bwd_cuda(Tensor dout
   if (m0) args.dw0 = call.state_row("dw0", dw0);
   call.with_kernel([&](auto s, auto v) {
     args.shape = scan_shape(kOp, values, v, kPrefixBwdTokens, !reverse);
-    const LookBackMemory memory(kOp, values, args.shape, 1, 2, 1, launch.stream());
+    const auto kernel = prefix_attention_bwd_kernel<decltype(s), v>;
+    const LookBackMemory memory(kOp, values, args.shape, 1, 2, 1, reinterpret_cast<const void*>(kernel),
+                                launch.stream());
     args.look_back = memory.view;
     // With several column blocks a second kernel adds up what each of them has of the scalars.
     const int64_t parts = args.shape.column_blocks > 1 ? args.shape.column_blocks : 0;
@@ -131,9 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attention_bwd_cuda(Tensor dout
     args.dscores = parts ? dscore_parts.data_ptr() : dscores.data_ptr();
     args.float_dscores = parts || args.float_scores;
     args.du0 = static_cast<float*>(parts ? du_parts.data_ptr() : du0.data_ptr());
-    const unsigned blocks = scan_blocks(args.shape, args.look_back);
-    prefix_attention_bwd_kernel<decltype(s), v><<<blocks, kScanThreads, 0, launch.stream()>>>(args);
-    check_launch(kOp, cudaGetLastError());
+    launch_scan(kOp, kernel, args, launch.stream());
     if (!parts) return;
     sum_parts(kOp, dscore_parts.const_data_ptr<float>(), 1, parts, dscores, launch.stream());
     sum_parts(kOp, du_parts.const_data_ptr<float>(), 1, parts, du0, launch.stream());

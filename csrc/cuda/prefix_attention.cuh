@@ -40,14 +40,15 @@ struct Sums {
 };
 
 // exp(from - to) for gauges from <= to; a gauge of -inf stands for nothing summed.
-__device__ inline float rescale(float from, float to) { return from == kNothing ? 0.0f : expf(from - to); }
+__device__ inline float rescale(float from, float to) { return from == kNothing ? 0.0f : fast_exp(from - to); }
 
+// Without branches: every token's thread calls it several times. A NaN in either u stays.
 __device__ inline Sums merge(const Sums& a, const Sums& b) {
-  if (b.cut || a.m == kNothing) return {b.m, b.u, a.cut || b.cut};
-  if (b.m == kNothing) return a;
-  const bool rises = b.m > a.m;
-  const float factor = expf(-fabsf(a.m - b.m));
-  return {rises ? b.m : a.m, rises ? fmaf(a.u, factor, b.u) : fmaf(b.u, factor, a.u), a.cut};
+  const float before = b.cut ? kNothing : a.m, sum = b.cut ? 0.0f : a.u;
+  const float rise = before == b.m ? 0.0f : b.m - before;  // equal infinities
+  const bool rises = rise > 0.0f;
+  const float factor = fast_exp(-fabsf(rise));
+  return {rises ? b.m : before, fmaf(rises ? sum : b.u, factor, rises ? b.u : sum), a.cut || b.cut};
 }
 
 __device__ inline Sums of_lane_before(const Sums& sums, int by) {
@@ -74,8 +75,36 @@ __device__ inline float load_score(const PrefixAttentionArgs& args, int64_t row,
 }
 
 struct alignas(16) PrefixToken {
-  float a, g;  // g < 0: masked
+  float a, g, u;  // g < 0: masked
   int code;
+};
+
+// What a sequence starts from, columns of w0 / u0. Rare, so not in line.
+template <int V>
+__device__ __noinline__ Floats<V> initial_mean(const ScanState& w0, const ScanState& u0, int head, int column,
+                                               int state) {
+  const float u = static_cast<const float*>(u0.data)[state * u0.row + head * u0.head];
+  Floats<V> mean = load<V>(static_cast<const float*>(w0.data) + state * w0.row + head * w0.head + column);
+#pragma unroll
+  for (int e = 0; e < V; ++e) mean[e] = u == 0.0f ? 0.0f : mean[e] / u;
+  return mean;
+}
+
+// The mean over what stands before a tile and some of its tokens: which share of it each of the two has.
+struct Shares {
+  float before, tokens;
+  bool open;  // else what stands before does not count, whatever its mean is
+
+  __device__ Shares(const Sums& carry, const Sums& sums) : before(0.0f), tokens(1.0f), open(!sums.cut) {
+    if (!open) return;
+    const Sums both = merge(carry, sums);
+    const float inverse = both.u == 0.0f ? 0.0f : fast_inverse(both.u);
+    before = carry.u == 0.0f ? 0.0f : carry.u * rescale(carry.m, both.m) * inverse;
+    tokens = sums.u == 0.0f ? 0.0f : sums.u * rescale(sums.m, both.m) * inverse;
+  }
+  __device__ float mean(float of_before, float of_tokens) const {
+    return open ? fmaf(before, of_before, tokens * of_tokens) : of_tokens;
+  }
 };
 
 template <class S, int V>
@@ -85,28 +114,27 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   typedef WarpMaps<V, 0, false, float> Maps;
   __shared__ Maps maps;
   __shared__ PrefixToken tokens[kScanTile];
-  __shared__ float m_at[kScanTile + 1], u_at[kScanTile + 1];  // before the tile and after each of its tokens
-  __shared__ bool open_at[kScanTile + 1];                     // whether what stands before the tile counts there
+  __shared__ Sums sums_at[kScanTile + 1];  // before the tile and after each of its tokens; cut: since the tile began
   __shared__ Sums warp_sums[kScanWarps];
-  __shared__ float carry[kScanColumns], weights[kScanBlock];
-  __shared__ Sums carry_sums;
+  __shared__ float means[kScanColumns];  // before the tile
+  __shared__ Sums found;
   __shared__ Word words[kScanWords];
   const ScanShape& shape = args.shape;
   const ScanLookBack& look_back = args.look_back;
   ScanRun run(shape, look_back);
   const ScanThread<V, N> me(shape, run.line);
-  const int thread = threadIdx.x, columns = shape.columns;
+  const int thread = threadIdx.x, columns = shape.columns, lane = thread % kWarp, warp = thread / kWarp;
   const bool owns_scalars = me.column_block == 0;
-  if (thread < kScanColumns) carry[thread] = 0.0f;
-  if (thread == 0) carry_sums = {kNothing, 0.0f, false};
+  // What stands before the tile; `mean` of column `thread`.
+  Sums carry{kNothing, 0.0f, false};
+  float mean = 0.0f;
 
   for (; run.tile < run.end; ++run.tile) {
     const int64_t first = int64_t{run.tile} * shape.tile, mine = first + me.group * N;
     Pack<S, V> values[N];
+    RowWalk<const S> value(me, args.values, shape, mine);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      values[n] = load_pack<S, V>(me.template at<const S>(args.values, token_at(shape, mine + n)) + me.column);
-    }
+    for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
     each_empty_sequence(args.sequences, run.tile * me.groups + me.group, shape.tiles * me.groups, [&](int s) {
       const bool given = args.sequences.initial;
       if (me.active) {
@@ -118,7 +146,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
       }
     });
 
-    // The scalars, a token a thread: `local` sums from the start of the tile.
+    // The scalars, a token a thread: `local` sums from the start of the tile, `previous` those of the token before.
     const int64_t position = first + thread, t = token_at(shape, position);
     const bool has_token = thread < shape.tile && position < shape.tokens;
     const int code = has_token ? token_code(args.sequences, me.row, t, shape.tokens) : kOutside | kFirst | kLast;
@@ -128,94 +156,93 @@ __global__ void __launch_bounds__(kScanThreads, 3)
       const float u = *me.at(args.u0, state_of(code));
       if (u != 0.0f) start = {*me.at(args.m0, state_of(code)), u, true};  // else nothing was summed, whatever m says
     }
-    Sums local{score, score == kNothing ? 0.0f : expf(score - score), false};  // a score of +inf is a NaN too
+    // A score of +inf is a NaN too.
+    Sums local{score, score == kNothing ? 0.0f : 1.0f + (score - score), false};
     if (code & kFirst) local = merge(start, local), local.cut = true;
     local = warp_scan(local, kWarp);
-    if (thread % kWarp == kWarp - 1) warp_sums[thread / kWarp] = local;
+    if (lane == kWarp - 1) warp_sums[warp] = local;
+    Sums previous = of_lane_before(local, 1);
+    if (lane == 0) previous = {kNothing, 0.0f, false};
     __syncthreads();
-    if (thread >= kWarp) {
-      const int lane = thread % kWarp;
+    if (warp > 0) {
       const Sums all = warp_scan(lane < kScanWarps ? warp_sums[lane] : Sums{kNothing, 0.0f, false}, kScanWarps);
-      const int from = thread / kWarp - 1;
-      const Sums before{__shfl_sync(kWholeWarp, all.m, from), __shfl_sync(kWholeWarp, all.u, from),
-                        __shfl_sync(kWholeWarp, static_cast<int>(all.cut), from) != 0};
-      local = merge(before, local);
+      const Sums before{__shfl_sync(kWholeWarp, all.m, warp - 1), __shfl_sync(kWholeWarp, all.u, warp - 1),
+                        __shfl_sync(kWholeWarp, static_cast<int>(all.cut), warp - 1) != 0};
+      local = merge(before, local), previous = merge(before, previous);
     }
-    // Writes sums and weights of all tokens, given the sums before the tile. Two barriers.
+    // Writes the weights of the token, given the sums before the tile, and returns its sums.
     const auto weigh = [&](const Sums& before) {
-      const Sums sums = merge(before, local);
-      if (thread < shape.tile) m_at[thread + 1] = sums.m, u_at[thread + 1] = sums.u, open_at[thread + 1] = !local.cut;
-      if (thread == 0) m_at[0] = before.m, u_at[0] = before.u, open_at[0] = true;
-      __syncthreads();
-      if (thread < shape.tile) {
-        const Sums kept = code & kFirst ? start : Sums{m_at[thread], u_at[thread], false};
-        const float inverse = 1.0f / sums.u;
-        const float a = kept.u * rescale(kept.m, sums.m) * inverse;
-        tokens[thread] = {a, score == kNothing ? -1.0f : expf(score - sums.m) * inverse, code};
-      }
-      __syncthreads();
+      const Sums sums = merge(before, local), kept = code & kFirst ? start : merge(before, previous);
+      const float inverse = fast_inverse(sums.u);
+      const float a = kept.u * rescale(kept.m, sums.m) * inverse;
+      const float g = score == kNothing ? -1.0f : fast_exp(score - sums.m) * inverse;
+      if (thread < shape.tile) tokens[thread] = {a, g, sums.u, code};
       return sums;
     };
-    const bool looks_back = look_back.ticket && run.tile > 0;
-    Sums sums = weigh(looks_back ? Sums{kNothing, 0.0f, false} : carry_sums);
+    const bool looks_back = look_back.used() && run.tile > 0;
+    Sums sums = weigh(carry);
+    if (thread < shape.tile) sums_at[thread + 1] = {sums.m, sums.u, local.cut};
+    if (thread == 0) sums_at[0] = {carry.m, carry.u, false};
+    __syncthreads();
 
     const auto step = [&](int n, const PrefixToken& token, float (&o)[V]) {
       if (token.code & kFirst) {
-#pragma unroll
-        for (int e = 0; e < V; ++e) o[e] = 0.0f;
+        Floats<V> from = splat<V>(0.0f);
         if (token.code & kInitial) {
-          const float u = *me.at(args.u0, state_of(token.code));
-          const Floats<V> w = load<V>(me.at(args.w0, state_of(token.code)) + me.column);
-#pragma unroll
-          for (int e = 0; e < V; ++e) o[e] = u == 0.0f ? 0.0f : w[e] / u;
+          from = initial_mean<V>(args.w0, args.u0, me.head, me.column, state_of(token.code));
         }
+#pragma unroll
+        for (int e = 0; e < V; ++e) o[e] = from[e];
       }
-      if (token.g < 0.0f) return;
       const Floats<V> v = floats(values[n]);
+      if (token.g < 0.0f) return;
 #pragma unroll
       for (int e = 0; e < V; ++e) o[e] = fmaf(token.a, o[e], token.g * v[e]);
     };
 
     typename Maps::Map map = Maps::Map::identity();
+    const int begin = me.group * N;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const PrefixToken token = tokens[me.group * N + n];
+      const PrefixToken token = tokens[begin + n];
       step(n, token, map.b);
       map.cut |= (token.code & kFirst) != 0;
     }
-    const int begin = me.group * N, end = begin + N;
-    map.a[0] = u_at[end] == 0.0f ? 1.0f : u_at[begin] * rescale(m_at[begin], m_at[end]) / u_at[end];
+    const Sums newest = sums_at[begin + N], oldest = sums_at[begin];
+    map.a[0] = newest.u == 0.0f ? 1.0f : oldest.u * rescale(oldest.m, newest.m) * fast_inverse(newest.u);
     const typename Maps::Map before = maps.scan(map, shape.lanes);
     __syncthreads();
 
-    float o[V];
-#pragma unroll
-    for (int e = 0; e < V; ++e) o[e] = carry[me.offset + e];
-    maps.advance(o, before, shape.lanes);
-    if (look_back.ticket) {
+    const Sums tile = sums_at[shape.tile];
+    if (!look_back.used()) {
+      if (thread < columns) mean = maps.pass(thread, columns, mean);
+      carry = {tile.m, tile.u, false};
+    } else {
       const int number = run.tile / look_back.block, index = run.tile % look_back.block;
       const bool ends_block = index == look_back.block - 1;
-      const Sums tile{m_at[shape.tile], u_at[shape.tile], !open_at[shape.tile]};
-      const Sums own{m_at[begin], u_at[begin], !open_at[begin]};  // before this group, from the start of the tile
-      if (!ends_block && thread < columns) {
-        Word* to = look_back.tile(shape, run.line, run.tile);
-        publish(to + 2 + thread, word_of(maps.after(thread, 0.0f)));
-        if (thread == 0) publish(to, word_of(tile.m, tile.cut)), publish(to + 1, word_of(tile.u));
+      // Entries: the state before this block of tiles, then the tiles of the block before this one.
+      const int size = look_back.tile_words, states = number > 0, entries = states + index;
+      float tile_mean = 0.0f;
+      if (thread < columns) {
+        tile_mean = maps.pass(thread, columns, 0.0f);
+        if (!ends_block) {
+          Word* to = published(shape, look_back, run, words);
+          publish(to + 2 + thread, word_of(tile_mean));
+          if (thread == 0) publish(to, word_of(tile.m, tile.cut)), publish(to + 1, word_of(tile.u));
+        }
       }
+      fetch_tiles(shape, look_back, run, index, words, words + states * size);
       if (looks_back) {
-        // Entries: the state before this block of tiles, then the tiles of the block before this one.
-        const int size = look_back.tile_words, states = number > 0, entries = states + index;
-        fetch(look_back.tile(shape, run.line, run.tile - index), index * size, words + states * size);
         if (states) fetch(look_back.state(shape, run.line, number - 1), size, words);
         __syncthreads();
-        if (thread < kWarp) {
+        if (warp * kWarp < columns) {  // each of these warps finds the sums of all entries, a lane each
           Sums entry{kNothing, 0.0f, false};
-          if (thread < entries) {
-            read_word(words[thread * size], entry.m), read_word(words[thread * size + 1], entry.u);
-            entry.cut = words[thread * size] & kCut;
+          if (lane < entries) {
+            read_word(words[lane * size], entry.m), read_word(words[lane * size + 1], entry.u);
+            entry.cut = words[lane * size] & kCut;
           }
           const unsigned cuts = __ballot_sync(kWholeWarp, entry.cut);
-          const bool counts = thread < entries && (cuts >> thread) <= 1u;  // no cut after it
+          const bool counts = lane < entries && (cuts >> lane) <= 1u;  // no cut after it
           float m = counts ? entry.m : kNothing;
           for (int by = kWarp / 2; by > 0; by /= 2) {
             const float other = __shfl_xor_sync(kWholeWarp, m, by);
@@ -224,41 +251,34 @@ __global__ void __launch_bounds__(kScanThreads, 3)
           m = __shfl_sync(kWholeWarp, m, 0);
           const float term = counts ? entry.u * rescale(entry.m, m) : 0.0f;
           const float u = group_sum(term, kWarp);
-          weights[thread] = !counts ? -1.0f : u == 0.0f ? 0.0f : term / u;
-          if (thread == 0) carry_sums = {m, u, cuts != 0};
-        }
-        __syncthreads();
-        if (thread < columns) {
-          float sum = 0.0f;
-          for (int entry = 0; entry < entries; ++entry) {
-            float x;
-            read_word(words[entry * size + 2 + thread], x);
-            if (!(weights[entry] < 0.0f)) sum = fmaf(weights[entry], x, sum);
+          const float weight = !counts ? -1.0f : u == 0.0f ? 0.0f : term / u;
+          carry = {m, u, false};
+          for (int at = 0; at < entries; ++at) {
+            const float share = __shfl_sync(kWholeWarp, weight, at);
+            float x = 0.0f;
+            if (thread < columns) read_word(words[at * size + 2 + thread], x);
+            if (!(share < 0.0f)) mean = fmaf(share, x, mean);
           }
-          carry[thread] = sum;
+          if (thread < columns) means[thread] = mean;
+          if (thread == 0) found = carry;
         }
-        __syncthreads();
       }
-      // The state after `tokens` of the tile: the mean of what stands before the tile and of the tokens, by weight.
-      const auto mix = [&](const Sums& sums, float from_tile, float from_carry) {
-        if (sums.cut) return from_tile;
-        const Sums both = merge(carry_sums, sums);
-        if (both.u == 0.0f) return 0.0f;
-        float mean = sums.u == 0.0f ? 0.0f : sums.u * rescale(sums.m, both.m) / both.u * from_tile;
-        if (carry_sums.u != 0.0f) mean = fmaf(carry_sums.u * rescale(carry_sums.m, both.m) / both.u, from_carry, mean);
-        return mean;
-      };
       if (ends_block && thread < columns) {
         Word* to = look_back.state(shape, run.line, number);
-        const Sums both = merge(carry_sums, tile);
-        publish(to + 2 + thread, word_of(mix(tile, maps.after(thread, 0.0f), carry[thread])));
+        const Sums both = merge(carry, tile);
+        publish(to + 2 + thread, word_of(Shares(carry, tile).mean(mean, tile_mean)));
         if (thread == 0) publish(to, word_of(both.m)), publish(to + 1, word_of(both.u));
       }
-      if (looks_back) {
-        sums = weigh(carry_sums);
+    }
+    __syncthreads();
+    float o[V];
+    maps.before(o, before, shape.lanes);
+    if (looks_back) {
+      sums = weigh(found);
+      const Shares shares(found, oldest);
 #pragma unroll
-        for (int e = 0; e < V; ++e) o[e] = mix(own, o[e], carry[me.offset + e]);
-      }
+      for (int e = 0; e < V; ++e) o[e] = shares.mean(means[me.offset + e], o[e]);
+      __syncthreads();
     }
 
     if (has_token && owns_scalars) {
@@ -270,30 +290,26 @@ __global__ void __launch_bounds__(kScanThreads, 3)
         *me.at(args.m_final, state_of(code)) = sums.m, *me.at(args.u_final, state_of(code)) = sums.u;
       }
     }
+    RowWalk<S> out(me, args.out, shape, mine);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < N; out.pass(n++)) {
       const PrefixToken token = tokens[begin + n];
       forget_floats(values[n]);
       step(n, token, o);
-      if (!me.active || mine + n >= shape.tokens) continue;
+      if (!me.active || !out.inside(n)) continue;
       Floats<V> result;
 #pragma unroll
       for (int e = 0; e < V; ++e) result[e] = o[e];
-      store(me.template at<S>(args.out, token_at(shape, mine + n)) + me.column, result);
+      store(out.row, result);
       if (token.code & kFinal) {
-        const float u = u_at[begin + n + 1];
 #pragma unroll
-        for (int e = 0; e < V; ++e) result[e] *= u;
+        for (int e = 0; e < V; ++e) result[e] *= token.u;
         store(me.at(args.w_final, state_of(token.code)) + me.column, result);
       }
     }
-    if (run.tile + 1 < run.end) {
-      __syncthreads();
-      if (thread < columns) carry[thread] = maps.after(thread, carry[thread]);
-      if (thread == 0) carry_sums = {m_at[shape.tile], u_at[shape.tile], false};
-      __syncthreads();
-    }
+    __syncthreads();  // the next tile writes to tokens and maps
   }
+  leave_cluster(look_back);
 }
 
 // The scalars of a token in the backward.
@@ -310,25 +326,26 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   __shared__ Maps maps;
   __shared__ PrefixBwdToken tokens[kScanTile];
   __shared__ float2 sums_of[kScanTile], sums_before[kScanTile];  // (m, u) of a token and of the one before it
-  __shared__ float carry[kScanColumns + 1];
+  __shared__ float dscores[kScanTile];
   __shared__ Word words[kScanWords];
   const ScanShape& shape = args.shape;
   ScanRun run(shape, args.look_back);
   const ScanThread<V, N> me(shape, run.line);
-  const int thread = threadIdx.x, numbers = shape.columns + 1;
+  const int thread = threadIdx.x;
   const bool owns_scalars = me.column_block == 0;
-  if (thread <= kScanColumns) carry[thread] = 0.0f;
+  float carry = 0.0f;
 
   for (; run.tile < run.end; ++run.tile) {
     const int64_t first = int64_t{run.tile} * shape.tile, mine = first + me.group * N;
     Pack<S, V> gradients[N], values[N], outs[N];
+    RowWalk<const S> gradient(me, args.dout, shape, mine), out(me, args.out, shape, mine);
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const int64_t t = token_at(shape, mine + n);
-      gradients[n] = load_pack<S, V>(me.template at<const S>(args.dout, t) + me.column);
-      outs[n] = load_pack<S, V>(me.template at<const S>(args.out, t) + me.column);
-      values[n] = load_pack<S, V>(me.template at<const S>(args.values, t) + me.column);
+    for (int n = 0; n < N; gradient.pass(n), out.pass(n++)) {
+      gradients[n] = load_pack<S, V>(gradient.row), outs[n] = load_pack<S, V>(out.row);
     }
+    RowWalk<const S> value(me, args.values, shape, mine);
+#pragma unroll
+    for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
     if (args.sequences.initial) {
       each_empty_sequence(args.sequences, run.tile * me.groups + me.group, shape.tiles * me.groups, [&](int s) {
         if (me.active) {
@@ -358,8 +375,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         }
         const float score = load_score<S>(args, me.row, me.head, t, token.code);
         if (sums.y != 0.0f) {
-          token.a = before.y * rescale(before.x, sums.x) / sums.y;
-          if (score != kNothing) token.g = expf(score - sums.x) / sums.y;
+          const float inverse = fast_inverse(sums.y);
+          token.a = before.y * rescale(before.x, sums.x) * inverse;
+          if (score != kNothing) token.g = fast_exp(score - sums.x) * inverse;
           if (args.dlse.data && owns_scalars) {
             token.dlse = static_cast<const float*>(args.dlse.data)[scalar_at(args.dlse, me.row, t, me.head)];
           }
@@ -407,23 +425,20 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       for (int k = 0; k <= V; ++k) map.b[k] *= token.a;
     }
     const float2 newest = sums_of[begin], oldest = sums_before[begin + N - 1];
-    map.a[0] = newest.y == 0.0f ? 0.0f : oldest.y * rescale(oldest.x, newest.x) / newest.y;
+    map.a[0] = newest.y == 0.0f ? 0.0f : oldest.y * rescale(oldest.x, newest.x) * fast_inverse(newest.y);
     const typename Maps::Map before = maps.scan(map, shape.lanes);
     __syncthreads();
-    if (args.look_back.ticket) look_back_affine(shape, args.look_back, run, maps, words, carry);
+    find_states(shape, args.look_back, run, maps, words, carry);
 
     float c[V + 1];
+    maps.before(c, before, shape.lanes);
+    RowWalk<S> dvalue_row(me, args.dvalues, shape, mine);
 #pragma unroll
-    for (int e = 0; e < V; ++e) c[e] = carry[me.offset + e];
-    c[V] = carry[numbers - 1];
-    maps.advance(c, before, shape.lanes);
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < N; dvalue_row.pass(n++)) {
       const PrefixBwdToken token = tokens[begin + n];
       forget_floats(gradients[n]);
       step(token, floats(gradients[n]), deltas[n], c);
-      const bool inside = mine + n < shape.tokens, kept = !(token.g < 0.0f);
-      const int64_t t = token_at(shape, mine + n);
+      const bool inside = dvalue_row.inside(n), kept = !(token.g < 0.0f);
       const Floats<V> v = floats(values[n]);
       Floats<V> dvalue;
       float dot = 0.0f;
@@ -433,16 +448,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         dot = fmaf(c[e], v[e], dot);
       }
       dot = group_sum(me.active ? dot : 0.0f, shape.lanes);
-      if (inside && me.lane == 0) {
-        const float dscore = kept ? token.g * (dot - c[V]) : 0.0f;
-        const int64_t rows = int64_t{shape.lines} / shape.column_blocks / shape.heads;
-        const int64_t at = ((me.column_block * rows + me.row) * shape.tokens + t) * shape.heads + me.head;
-        if (args.float_dscores) {
-          static_cast<float*>(args.dscores)[at] = dscore;
-        } else {
-          from_float(dscore, static_cast<S*>(args.dscores)[at]);
-        }
-      }
+      if (me.lane == 0) dscores[begin + n] = kept ? token.g * (dot - c[V]) : 0.0f;
 #pragma unroll
       for (int k = 0; k <= V; ++k) c[k] *= token.a;
       if (inside && (token.code & kInitial)) {
@@ -458,14 +464,21 @@ __global__ void __launch_bounds__(kScanThreads, 2)
           args.du0[(me.column_block * states + state) * shape.heads + me.head] = -c[V];
         }
       }
-      if (inside && me.active) store(me.template at<S>(args.dvalues, t) + me.column, dvalue);
+      if (inside && me.active) store(dvalue_row.row, dvalue);
     }
-    __syncthreads();
-    if (run.tile + 1 < run.end) {
-      if (thread < numbers) carry[thread] = maps.after(thread, carry[thread]);
-      __syncthreads();
+    __syncthreads();  // the next tile writes to tokens and maps
+    if (thread < shape.tile && position < shape.tokens) {
+      const int64_t rows = int64_t{shape.lines} / shape.column_blocks / shape.heads;
+      const int64_t token = (me.column_block * rows + me.row) * shape.tokens + token_at(shape, position);
+      const int64_t at = token * shape.heads + me.head;
+      if (args.float_dscores) {
+        static_cast<float*>(args.dscores)[at] = dscores[thread];
+      } else {
+        from_float(dscores[thread], static_cast<S*>(args.dscores)[at]);
+      }
     }
   }
+  leave_cluster(args.look_back);
 }
 
 }  // namespace flowattn

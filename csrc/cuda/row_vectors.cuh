@@ -24,6 +24,20 @@ __device__ inline void from_float(float x, float& to) { to = x; }
 __device__ inline void from_float(float x, __half& to) { to = __float2half_rn(x); }
 __device__ inline void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
+// exp with the accuracy of a factor: relative to 1 where x <= 0. 0 where the result would be below 2^-126.
+__device__ inline float fast_exp(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.4426950408889634f));
+  return result;
+}
+
+// 1 / x, x a normal float; one Newton step, since the bare approximation may be off by one in the last place.
+__device__ inline float fast_inverse(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return fmaf(result, fmaf(-x, result, 1.0f), result);
+}
+
 template <int V>
 struct Floats {
   float values[V];

@@ -7,7 +7,8 @@
 //   * from the tile before, which the same block took, where there are lines enough to fill the GPU, else
 //   * by looking back. Each tile publishes what it does to a state as soon as it knows, and the last of every `block`
 //     tiles publishes its final state. A tile takes the latter from the block before its own, then applies the tiles in
-//     between, in order. The order of all sums is fixed by the shape, so results are bitwise repeatable.
+//     between, in order. Up to kScanCluster tiles of a line form a cluster where the GPU has them: it then publishes
+//     in shared memory. The order of all sums is fixed by the shape, so results are bitwise repeatable.
 #pragma once
 
 #include "common/scan.h"
@@ -19,6 +20,7 @@ constexpr int kScanThreads = 256, kScanWarps = kScanThreads / kWarp;
 constexpr int kScanColumns = 128;        // most columns of a tile
 constexpr int kScanTile = kScanThreads;  // most tokens of a tile: their scalars take a thread each
 constexpr int kScanBlock = 32;           // most tiles of a block: the entries of a look-back fit a warp
+constexpr int kScanCluster = 8;          // most tiles of a cluster
 
 struct ScanShape {
   int64_t tokens;
@@ -111,9 +113,11 @@ struct ScanThread {
   bool active;         // other threads repeat column 0 and store nothing
 
   __device__ ScanThread(const ScanShape& shape, int line) {
-    column_block = line % shape.column_blocks, line /= shape.column_blocks;
-    head = line % shape.heads, row = line / shape.heads;
-    lane = threadIdx.x % shape.lanes, group = threadIdx.x / shape.lanes, groups = kScanThreads / shape.lanes;
+    column_block = 0;
+    if (shape.column_blocks > 1) column_block = line % shape.column_blocks, line /= shape.column_blocks;
+    const int batch = line / shape.heads, bits = 31 - __clz(shape.lanes);
+    head = line - batch * shape.heads, row = batch;
+    lane = threadIdx.x & (shape.lanes - 1), group = threadIdx.x >> bits, groups = kScanThreads >> bits;
     offset = lane * V, column = column_block * shape.columns + offset;
     active = column < shape.width;
     if (!active) column = 0;
@@ -132,6 +136,24 @@ __device__ inline int64_t token_at(const ScanShape& shape, int64_t position) {
   position = min(position, shape.tokens - 1);
   return shape.backwards ? shape.tokens - 1 - position : position;
 }
+
+// The rows of a thread's tokens, one after the other in the order of the scan. Behind the end it stays on the last one.
+template <class S>
+struct RowWalk {
+  S* row;
+  int64_t step;
+  int left;  // tokens behind the first one
+
+  template <int V, int N>
+  __device__ RowWalk(const ScanThread<V, N>& me, const ScanTensor& x, const ScanShape& shape, int64_t position)
+      : row(me.template at<S>(x, token_at(shape, position)) + me.column),
+        step(shape.backwards ? -x.time : x.time),
+        left(static_cast<int>(min(shape.tokens - 1 - position, int64_t{kScanTile}))) {}
+  __device__ bool inside(int n) const { return n <= left; }
+  __device__ void pass(int n) {  // from token n to the next
+    if (n < left) row += step;
+  }
+};
 
 // Scalars of a token: in float32, or in the type of the rows.
 template <class S>
@@ -177,11 +199,34 @@ __device__ inline float group_sum(float value, int lanes) {
 
 // ---- maps of a state ----------------------------------------------------------------------------------------------
 
-// The state after some tokens, given the state h before them. h = 0 says nothing was summed: a product that overflowed
+// h <- a h + b for K numbers with one factor or a factor each. h = 0 says nothing was summed: a product that overflowed
 // then has nothing to act on.
-__device__ inline float apply(float a, float h, float b) { return h == 0.0f ? b : fmaf(a, h, b); }
-__device__ inline float apply(double a, float h, float b) {
+template <int K, int KA>
+__device__ inline void apply(const float (&a)[KA], float (&h)[K], const float (&b)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) h[k] = h[k] == 0.0f ? b[k] : fmaf(a[KA == 1 ? 0 : k], h[k], b[k]);
+}
+// Rare, so not in line.
+__device__ __noinline__ inline float apply_exactly(double a, float h, float b) {
   return h == 0.0f ? b : static_cast<float>(fma(a, static_cast<double>(h), static_cast<double>(b)));
+}
+// Conversions are slow, so products that floats hold well are taken as such.
+template <int K, int KA>
+__device__ inline void apply(const double (&a)[KA], float (&h)[K], const float (&b)[K]) {
+  float near[KA];
+  bool all_near = true;
+#pragma unroll
+  for (int k = 0; k < KA; ++k) {
+    near[k] = static_cast<float>(a[k]);
+    all_near &= (fabsf(near[k]) > 0x1p-100f && fabsf(near[k]) < 0x1p100f) || a[k] == 0.0;
+  }
+  if (all_near) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) h[k] = fmaf(near[KA == 1 ? 0 : k], h[k], b[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < K; ++k) h[k] = apply_exactly(a[KA == 1 ? 0 : k], h[k], b[k]);
+  }
 }
 
 // h -> a h + b for K numbers with KA = 1 or K factors; h -> b if some token was a kFirst. Products of gates above 1
@@ -202,13 +247,18 @@ struct Affine {
     return map;
   }
   __device__ void act(float (&h)[K]) const {
+    if (!cut) return apply(a, h, b);
 #pragma unroll
-    for (int k = 0; k < K; ++k) h[k] = cut ? b[k] : apply(a[KA == 1 ? 0 : k], h[k], b[k]);
+    for (int k = 0; k < K; ++k) h[k] = b[k];
   }
   __device__ void follow(const Affine& before) {
     if (cut) return;
+    float h[K];
 #pragma unroll
-    for (int k = 0; k < K; ++k) b[k] = apply(a[KA == 1 ? 0 : k], before.b[k], b[k]);
+    for (int k = 0; k < K; ++k) h[k] = before.b[k];
+    apply(a, h, b);
+#pragma unroll
+    for (int k = 0; k < K; ++k) b[k] = h[k];
 #pragma unroll
     for (int k = 0; k < KA; ++k) a[k] *= before.a[k];
     cut = before.cut;
@@ -232,12 +282,13 @@ struct WarpMaps {
   typedef Affine<V + X, KA, A> Map;
 
   A a[kScanWarps][Full ? kScanColumns : 1];
-  float b[kScanWarps][kScanColumns + X];
+  alignas(16) float b[kScanWarps][kScanColumns];
+  float more[kScanWarps][X > 0 ? X : 1];
   bool cut[kScanWarps];
 
   // Scans the groups of each warp: what stands before this group in its warp. The next barrier shows the whole warps.
   __device__ Map scan(Map map, int lanes) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, offset = lane % lanes * V;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, offset = (lane & (lanes - 1)) * V;
     for (int by = lanes; by < kWarp; by *= 2) {
       const Map before = map.of_lane_before(by);
       if (lane >= by) map.follow(before);
@@ -247,31 +298,41 @@ struct WarpMaps {
       for (int k = 0; k < KA; ++k) a[warp][Full ? offset + k : 0] = map.a[k];
 #pragma unroll
       for (int k = 0; k < V; ++k) b[warp][offset + k] = map.b[k];
-      if constexpr (X > 0) b[warp][lanes * V] = map.b[V];
+      if constexpr (X > 0) more[warp][0] = map.b[V];
       cut[warp] = map.cut;
     }
     const Map before = map.of_lane_before(lanes);
     return lane < lanes ? Map::identity() : before;
   }
 
-  // From the state before the tile, h, to that before this group.
-  __device__ void advance(float (&h)[V + X], const Map& before, int lanes) const {
-    const int offset = threadIdx.x % lanes * V;
-    for (int warp = 0; warp < static_cast<int>(threadIdx.x) / kWarp; ++warp) {
+  // Takes number `at` of the state, h, through the tile. What it is before each warp stands in the place of its sums,
+  // behind the next barrier. One thread a number.
+  __device__ float pass(int at, int columns, float h) {
+    float sums[kScanWarps];
 #pragma unroll
-      for (int k = 0; k < V + X; ++k) {
-        const int at = k < V ? offset + k : lanes * V;
-        h[k] = cut[warp] ? b[warp][at] : apply(a[warp][Full ? at : 0], h[k], b[warp][at]);
-      }
+    for (int warp = 0; warp < kScanWarps; ++warp) sums[warp] = number(warp, at, columns);
+#pragma unroll
+    for (int warp = 0; warp < kScanWarps; ++warp) {
+      number(warp, at, columns) = h;
+      h = step(warp, at, h, sums[warp]);
     }
+    return h;
+  }
+
+  // The state before this group.
+  __device__ void before(float (&h)[V + X], const Map& before, int lanes) const {
+    const int warp = threadIdx.x / kWarp, offset = (threadIdx.x & (lanes - 1)) * V;
+#pragma unroll
+    for (int k = 0; k < V; ++k) h[k] = b[warp][offset + k];
+    if constexpr (X > 0) h[V] = more[warp][0];
     before.act(h);
   }
 
-  // One number of the state: after the tile, and what the tile multiplies it with.
-  __device__ float after(int at, float h) const {
-    for (int warp = 0; warp < kScanWarps; ++warp) {
-      h = cut[warp] ? b[warp][at] : apply(a[warp][Full ? at : 0], h, b[warp][at]);
-    }
+  // What the tile adds to a number, and what it multiplies it with. Before `pass`.
+  __device__ float sum(int at, int columns) {
+    float h = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kScanWarps; ++warp) h = step(warp, at, h, number(warp, at, columns));
     return h;
   }
   __device__ A product(int at) const {
@@ -283,6 +344,19 @@ struct WarpMaps {
     bool any = false;
     for (int warp = 0; warp < kScanWarps; ++warp) any |= cut[warp];
     return any;
+  }
+
+ private:
+  __device__ float& number(int warp, int at, int columns) {
+    return X == 0 || at < columns ? b[warp][at] : more[warp][at - columns];
+  }
+  __device__ float step(int warp, int at, float h, float sum) const {
+    if (cut[warp]) return sum;
+    const A factor[1] = {a[warp][Full ? at : 0]};
+    float next[1] = {h};
+    const float sums[1] = {sum};
+    apply(factor, next, sums);
+    return next[0];
   }
 };
 
@@ -308,12 +382,21 @@ __device__ inline void read_word(Word word, double& x) {
 __device__ inline Word peek(const Word* at) { return *const_cast<const volatile Word*>(at); }
 __device__ inline void publish(Word* at, Word word) { *const_cast<volatile Word*>(at) = word; }
 
+// Shared memory for what a look-back fetches: a state and the maps of all but one tile of a block. Behind them lies
+// what a tile of a cluster publishes.
+constexpr int kLookBackColumns = 2048;  // most columns times tiles of a block; half as many with a factor a column
+constexpr int kTileWords = 2 * kScanColumns + 2;
+constexpr int kScanWords = kLookBackColumns + kScanColumns + 4 * kScanBlock;
+static_assert(kScanColumns + 1 + kScanCluster * kTileWords <= kScanWords);
+
 struct ScanLookBack {
-  unsigned* ticket;  // nullptr: a block takes all tiles of a line. All memory here starts as zeros.
+  bool cluster;      // the tiles of a line form a cluster, and are fewer than `block`
+  unsigned* ticket;  // nullptr, and no cluster: a block takes all tiles of a line. All memory here starts as zeros.
   Word* tiles;       // (lines, tiles, tile_words): what a tile does to a state
   Word* states;      // (lines, blocks, state_words): the state after a block of tiles
   int block, tile_words, state_words;
 
+  __device__ bool used() const { return ticket || cluster; }
   __device__ Word* tile(const ScanShape& shape, int line, int tile) const {
     return tiles + (int64_t{line} * shape.tiles + tile) * tile_words;
   }
@@ -329,6 +412,7 @@ struct ScanRun {
 
   __device__ ScanRun(const ScanShape& shape, const ScanLookBack& look_back)
       : line(blockIdx.x), tile(0), end(shape.tiles) {
+    if (look_back.cluster) line = blockIdx.x / shape.tiles, tile = blockIdx.x % shape.tiles, end = tile + 1;
     if (!look_back.ticket) return;
     __shared__ unsigned ticket;
     if (threadIdx.x == 0) ticket = atomicAdd(look_back.ticket, 1u);
@@ -356,39 +440,90 @@ __device__ inline void fetch(const Word* from, int count, Word* to) {
   }
 }
 
-// Shared memory for what a look-back fetches: a state and the maps of all but one tile of a block.
-constexpr int kLookBackColumns = 2048;  // most columns times tiles of a block; half as many with a factor a column
-constexpr int kScanWords = kLookBackColumns + kScanColumns + 4 * kScanBlock;
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// A word of the same place in the shared memory of block `rank` of the cluster.
+__device__ inline Word peer_word(const Word* at, int rank) {
+  Word word = 0;
+#if __CUDA_ARCH__ >= 900
+  const auto own = static_cast<unsigned>(__cvta_generic_to_shared(at));
+  unsigned peer;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(own), "r"(rank));
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(word) : "r"(peer) : "memory");
+#endif
+  return word;
+}
+
+// Where this tile publishes what it does. `words`: the shared memory of kScanWords.
+__device__ inline Word* published(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
+                                  Word* words) {
+  return look_back.cluster ? words + kScanWords - kTileWords : look_back.tile(shape, run.line, run.tile);
+}
+
+// Copies what the `before` tiles before this one published to `to`. All blocks of a cluster call it, once;
+// leave_cluster is the last that they do. The next barrier shows the words to the block.
+__device__ inline void fetch_tiles(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
+                                   int before, Word* words, Word* to) {
+  const int size = look_back.tile_words;
+  if (!look_back.cluster) return fetch(look_back.tile(shape, run.line, run.tile - before), before * size, to);
+  cluster_arrive(), cluster_wait();
+  const Word* from = published(shape, look_back, run, words);
+  for (int at = threadIdx.x; at < before * size; at += kScanThreads) to[at] = peer_word(from + at % size, at / size);
+  cluster_arrive();
+}
+// Other blocks of the cluster may read this one's shared memory until here.
+__device__ inline void leave_cluster(const ScanLookBack& look_back) {
+  if (look_back.cluster) cluster_wait();
+}
 
 // Publishes what this tile does, finds the state before it and, after the last tile of a block, publishes that after
-// it. `maps` are complete; `numbers` = columns of the tile + X. A barrier ends it.
+// it: number `at` of the state before the tile, for thread `at` of `numbers` = columns of the tile + X. Where no tile
+// looks back, that is what the thread kept in `carry` from the tile before. Leaves the state before each warp in
+// `maps`, which are complete; a barrier ends it.
 template <int V, int X, bool Full, class A>
-__device__ inline void look_back_affine(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
-                                        const WarpMaps<V, X, Full, A>& maps, Word* words, float* carry) {
-  const int numbers = shape.columns + X, factors = Full ? shape.columns : 1;
-  const int number = run.tile / look_back.block, before = run.tile % look_back.block, at = threadIdx.x;
+__device__ inline void find_states(const ScanShape& shape, const ScanLookBack& look_back, const ScanRun& run,
+                                   WarpMaps<V, X, Full, A>& maps, Word* words, float& carry) {
+  const int numbers = shape.columns + X, factors = Full ? shape.columns : 1, at = threadIdx.x;
+  if (!look_back.used()) {
+    if (at < numbers) carry = maps.pass(at, shape.columns, carry);
+    __syncthreads();
+    return;
+  }
+  const int number = run.tile / look_back.block, before = run.tile % look_back.block;
   const bool ends_block = before == look_back.block - 1;
   if (!ends_block && at < numbers) {
-    Word* to = look_back.tile(shape, run.line, run.tile);
-    publish(to + factors + at, word_of(maps.after(at, 0.0f)));
+    Word* to = published(shape, look_back, run, words);
+    publish(to + factors + at, word_of(maps.sum(at, shape.columns)));
     if (at < factors) publish(to + at, word_of(maps.product(at), maps.any_cut()));
   }
-  fetch(look_back.tile(shape, run.line, run.tile - before), before * look_back.tile_words, words + numbers);
+  fetch_tiles(shape, look_back, run, before, words, words + numbers);
   if (number > 0) fetch(look_back.state(shape, run.line, number - 1), numbers, words);
   __syncthreads();
   if (at < numbers) {
-    float h = 0.0f;
-    if (number > 0) read_word(words[at], h);
+    float h[1] = {0.0f};
+    if (number > 0) read_word(words[at], h[0]);
     for (int tile = 0; tile < before; ++tile) {
       const Word* map = words + numbers + tile * look_back.tile_words;
       const Word factor = map[Full ? at : 0];
-      A a;
-      float b;
-      read_word(factor, a), read_word(map[factors + at], b);
-      h = factor & kCut ? b : apply(a, h, b);
+      A a[1];
+      float b[1];
+      read_word(factor, a[0]), read_word(map[factors + at], b[0]);
+      if (factor & kCut) {
+        h[0] = b[0];
+      } else {
+        apply(a, h, b);
+      }
     }
-    carry[at] = h;
-    if (ends_block) publish(look_back.state(shape, run.line, number) + at, word_of(maps.after(at, h)));
+    const float after = maps.pass(at, shape.columns, h[0]);
+    if (ends_block) publish(look_back.state(shape, run.line, number) + at, word_of(after));
   }
   __syncthreads();
 }

@@ -100,10 +100,14 @@ class LookBackMemory {
  public:
   // A tile publishes `per_column` numbers a column and `tile_scalars` more, a state one a column and `state_scalars`.
   LookBackMemory(const char* op, const Tensor& x, const ScanShape& shape, int per_column, int tile_scalars,
-                 int state_scalars, cudaStream_t stream) {
+                 int state_scalars, const void* kernel, cudaStream_t stream) {
     if (shape.tiles == 1 || shape.lines >= kLinesAProcessor * processors(op, x)) return;
-    view.block = std::min(kScanBlock, kLookBackColumns / (shape.columns * per_column));
     view.tile_words = shape.columns * per_column + tile_scalars;
+    if (shape.tiles <= kScanCluster && has_clusters(op, kernel)) {
+      view.cluster = true, view.block = kScanCluster + 1;
+      return;
+    }
+    view.block = std::min(kScanBlock, kLookBackColumns / (shape.columns * per_column));
     view.state_words = shape.columns + state_scalars;
     const int64_t tiles = int64_t{shape.lines} * shape.tiles * view.tile_words;
     const int64_t words = 1 + tiles + shape.lines * ceil_div(shape.tiles, view.block) * view.state_words;
@@ -120,11 +124,28 @@ class LookBackMemory {
  private:
   static constexpr int kLinesAProcessor = 2;
 
+  // Whether the code of the kernel that runs on this GPU was compiled for one with clusters.
+  static bool has_clusters(const char* op, const void* kernel) {
+    cudaFuncAttributes attributes;
+    check_launch(op, cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90;
+  }
+
   MaybeTensor memory_;
 };
 
-inline unsigned scan_blocks(const ScanShape& shape, const ScanLookBack& look_back) {
-  return static_cast<unsigned>(look_back.ticket ? int64_t{shape.lines} * shape.tiles : shape.lines);
+template <class Args>
+void launch_scan(const char* op, void (*kernel)(Args), const Args& args, cudaStream_t stream) {
+  const bool tile_a_block = args.look_back.ticket || args.look_back.cluster;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(args.shape.tiles), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      static_cast<unsigned>(tile_a_block ? int64_t{args.shape.lines} * args.shape.tiles : args.shape.lines);
+  config.blockDim = kScanThreads, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = args.look_back.cluster ? 1 : 0;
+  check_launch(op, cudaLaunchKernelEx(&config, kernel, args));
 }
 
 // out (groups, n...) = the sums over `count` parts each of parts (groups, count, n...).
