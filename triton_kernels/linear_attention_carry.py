@@ -139,22 +139,24 @@ def walk_states(
 
 def scan(call, sides, segment, length, config, local, before, log_decay):
     """Launch the scan over the segments' sums, into the states before them and the sides' end states."""
-    (width, value_width), vectors = next(x.s.shape[2:] for x in local if x.s is not None), call.normalize
+    width, value_width = next(x.s.shape[2:] for x in local if x.s is not None)
     pointers = []
     for part in range(2):
         for side, own, out in zip(sides, local, before):
             pointers += [None] * 4 if side is None else [own[part], out[part], side.start[part], side.end[part]]
     pointers = (*pointers, log_decay, call.cu)
-    rows, block = config[:2]
-    blocks = ceil_div(width * value_width, block) + (ceil_div(width, block) if vectors else 0)
+    block = config[1]
+    blocks = ceil_div(width * value_width, block) + (ceil_div(width, block) if call.normalize else 0)
     used = [side is not None for side in sides]
-    _scan_kernel(
-        call.sequences * call.heads * blocks * sum(used),
-        (dtypes(pointers), alignments(*pointers)),
-        (*pointers, *call.where(length, segment)[:3]),
-        (call.heads, width * value_width, width, segment, *used),
-        config,
-    )
+    programs = call.sequences * call.heads * blocks * sum(used)
+    if programs:
+        _scan_kernel(
+            programs,
+            (dtypes(pointers), alignments(*pointers)),
+            (*pointers, *call.where(length, segment)[:3]),
+            (call.heads, width * value_width, width, segment, *used),
+            config,
+        )
 
 
 def carry(call, left, right, chunk, *, segment=None, keep_segments=False, keep_chunks=False):
@@ -166,16 +168,13 @@ def carry(call, left, right, chunk, *, segment=None, keep_segments=False, keep_c
     given = [side for side in sides if side is not None]
     length, width, value_width = given[0].b.x.shape[1], given[0].b.x.shape[3], given[0].c.x.shape[3]
     walks, device = call.sequences * call.heads * len(given), call.q.device
-    whole = max(side.b.map for side in given) >= EXP_SHIFTED.value
-    block = configs.states_config(call.q.dtype, padded(width), padded(value_width), whole, walks, device)
+    widths = call.q.dtype, padded(width), padded(value_width), max(side.b.map for side in given) >= EXP_SHIFTED.value
+    block = configs.states_config(*widths, walks, device)
     if segment is None:
         pieces = ceil_div(width, block[0]) * ceil_div(value_width, block[1])
         segment = configs.segment_tokens(device, walks * pieces, length, chunk)
     if segment:
-        walks_of_segments = walks * ceil_div(length, segment)
-        block = configs.states_config(
-            call.q.dtype, padded(width), padded(value_width), whole, walks_of_segments, device
-        )  # fmt: skip
+        block = configs.states_config(*widths, walks * ceil_div(length, segment), device)
     config = (chunk, *block)
     states = (NO_STATE, NO_STATE)
     if keep_chunks:
