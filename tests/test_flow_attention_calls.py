@@ -104,6 +104,13 @@ def test_causal_memory_is_linear(native):
     assert int(result.stdout) * 1024 < 400e6  # ru_maxrss counts kilobytes
 
 
+def test_launches_of_other_dtypes_get_kernels_of_their_own():
+    """The key under which a compiled kernel is kept: pointers to another dtype, or less aligned, are another kernel."""
+    launch = pytest.importorskip("flowattn.triton_kernels.launch")
+    keys = [launch.alignments(*x) for x in ((Q, GATE), (Q, GATE.half()), (Q, None), (Q, GATE.flatten()[1:]))]
+    assert len(set(keys)) == 4 and keys[0] == launch.alignments(Q + 1, GATE + 1)
+
+
 def bad_state(**changes):
     state = fa.flow_attention(Q, Q, V, causal=True, output_final_state=True)[1]
     return {"causal": True, "initial_state": state._replace(**changes)}

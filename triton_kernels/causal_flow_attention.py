@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .flow_attention_configs import SLICES, causal_config, causal_segments
+from .flow_attention_configs import SCAN, SCAN_EACH, causal_config, causal_segments
 from .flow_features import (
     add,
     clamped,
@@ -86,7 +86,8 @@ def seen_before(counts, count, s, segment, offs_row, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def causal_flow_attention_fwd_kernel(
-    q, k, v, y, flows, before, firsts, seconds, thirds, counts, states, mask, cu, sums, total, count, state, sums_final,
+    q, k, v, y, flows, before, firsts, seconds, thirds, counts, states, starts, mask, cu, sums, total, count, state,
+    sums_final,
     total_final, state_final, length, total_rows, batch, segments, tiles, clamp, eps, extra, stride_qb, stride_qt,
     stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb, stride_mt,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -95,7 +96,7 @@ def causal_flow_attention_fwd_kernel(
     """STAGE 1..5 runs one pass, 0 all of them for the one segment of each head.
 
     before: (heads, tiles, 4, D) sums of k, q, b k, a q from the start of its segment to each tile; firsts, seconds,
-    thirds, counts, states: of whole segments.
+    thirds, counts, states: of whole segments; starts: the states before them.
     """
     index, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
     s, h = index // HEADS, index % HEADS
@@ -116,7 +117,7 @@ def causal_flow_attention_fwd_kernel(
         seconds + index * segments * 2 * D,
         thirds + index * segments,
     )
-    states += (index * segments + segment) * D * M
+    states, starts = states + (index * segments + segment) * D * M, starts + (index * segments + segment) * D * M
     begin, end = segment_of(segment, segments, tokens, length, C)
     last = segment == segments - 1
     cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, C)
@@ -266,7 +267,7 @@ def causal_flow_attention_fwd_kernel(
             seen = seen_first
         kv = tl.zeros([BD, BM], tl.float32)
         if STAGE == 5:
-            kv = load_state(states, cols, cols_v, D, M)
+            kv = load_state(starts, cols, cols_v, D, M)
         elif state is not None:
             kv = load_state(state + index * D * M, cols, cols_v, D, M)
         for first in range(begin, end, C):
@@ -295,36 +296,39 @@ def causal_flow_attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=("segments",))
 def causal_flow_attention_scan_kernel(
-    states, initial, segments,
-    D: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, ROWS_EACH: tl.constexpr, SLICE: tl.constexpr,
-    REVERSE: tl.constexpr,
-):  # fmt: skip
-    """States of segments to states before them (REVERSE: behind), in place, SLICE programs a head."""
-    index, piece = tl.program_id(0) // SLICE, tl.program_id(0) % SLICE
-    index = tl.cast(index, tl.int64)
-    rows, cols_v = piece * ROWS_EACH + tl.arange(0, ROWS_EACH), tl.arange(0, BM)
-    states += index * segments * D * M
-    total = tl.zeros([ROWS_EACH, BM], tl.float32)
+    states, initial, starts, segments, SIZE: tl.constexpr, EACH: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr
+):
+    """The states at the start of segments (REVERSE: at their end) from what each adds, EACH numbers a program."""
+    slices = tl.cdiv(SIZE, EACH)
+    index, piece = tl.cast(tl.program_id(0) // slices, tl.int64), tl.program_id(0) % slices
+    cols, offs = piece * EACH + tl.arange(0, EACH), tl.arange(0, ROWS)
+    states, starts = states + index * segments * SIZE, starts + index * segments * SIZE
+    total = tl.zeros([EACH], tl.float32)
     if initial is not None:
-        total = load_state(initial + index * D * M, rows, cols_v, D, M)
-    for i in range(0, segments):
-        at = states + tl.cast(segments - 1 - i if REVERSE else i, tl.int64) * D * M
-        own = load_state(at, rows, cols_v, D, M)
-        store_state(at, rows, cols_v, total, D, M)
-        total += own
+        total = tl.load(initial + index * SIZE + cols, mask=cols < SIZE, other=0.0)
+    for first in range(0, segments, ROWS):  # many segments at once: their loads wait for nothing
+        rows = first + offs
+        to = segments - 1 - rows if REVERSE else rows
+        before = to + 1 if REVERSE else to - 1
+        inside = (cols < SIZE)[None, :] & (rows < segments)[:, None]
+        at = before[:, None].to(tl.int64) * SIZE + cols[None, :]
+        added = tl.load(states + at, mask=inside & (rows > 0)[:, None], other=0.0)
+        at = to[:, None].to(tl.int64) * SIZE + cols[None, :]
+        tl.store(starts + at, total[None, :] + tl.cumsum(added, 0), mask=inside)
+        total += tl.sum(added, 0)
 
 
 _fwd = Launcher(causal_flow_attention_fwd_kernel)
 _scan = Launcher(causal_flow_attention_scan_kernel)
 
 
-def scan_states(states, initial, reverse):
-    """states (heads, segments, D, M): those of segments to those at their start, or end, from the initial one."""
+def scan_states(states, initial, starts, reverse):
+    """states (heads, segments, D, M), what segments add: `starts` at their start, or end, from the initial one."""
     programs, segments, width, width_v = states.shape
-    block, block_v = (max(16, triton.next_power_of_2(n)) for n in (width, width_v))
+    size = width * width_v
     _scan(
-        programs * SLICES, launch_key((), states, initial), (states, initial, segments),
-        (width, width_v, block_v, block // SLICES, SLICES, reverse), (4, 1),
+        programs * triton.cdiv(size, SCAN_EACH), launch_key((), states, initial), (states, initial, starts, segments),
+        (size, SCAN_EACH, reverse), SCAN,
     )  # fmt: skip
 
 
@@ -350,17 +354,17 @@ def causal_flow_attention_fwd(q, k, v, mask, cu, sums, total, count, state, relu
     before = flows.new_empty((programs, tiles, 4, width))
     firsts, seconds, thirds = (flows.new_empty((programs, segments, n)) for n in (2 * width, 2 * width, 1))
     counts = None if mask is None else q.new_empty((programs, segments), dtype=torch.int32)
-    states = flows.new_empty((programs if segments > 1 else 0, segments, width, width_v))
+    states, starts = (flows.new_empty((programs if segments > 1 else 0, segments, width, width_v)) for _ in range(2))
     strides = (*time_strides(q, k, v), *mask_strides(mask))
     key = launch_key(strides, q, k, v, mask, cu, sums, total, count, state)
     arguments = (
-        q, k, v, y, flows, before, firsts, seconds, thirds, counts, states, mask, cu, sums, total, count, state,
-        sums_final, total_final, state_final, length, length, batch, segments, tiles, min(clamp, CAUSAL_LIMIT), eps,
-        extra, *strides,
+        q, k, v, y, flows, before, firsts, seconds, thirds, counts, states, starts, mask, cu, sums, total, count,
+        state, sums_final, total_final, state_final, length, length, batch, segments, tiles, min(clamp, CAUSAL_LIMIT),
+        eps, extra, *strides,
     )  # fmt: skip
     for stage in (0,) if segments == 1 else (1, 2, 3, 4, 5):
         if stage == 5:
-            scan_states(states, state, False)
+            scan_states(states, state, starts, False)
         config = causal_config(q.dtype, constants[4:6], "fwd", stage)
         _fwd(programs * segments, key, arguments, (*constants, stage), config)
     return y, flows, sums_final, total_final, state_final

@@ -76,7 +76,7 @@ def _segment_count(counts, segment):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def causal_flow_attention_bwd_kernel(
     q, k, v, dy, dq, dk, dv, flows, terms, before, after, firsts, seconds, thirds, fourths, counts, states, dstates,
-    mask, cu, sums, count, state, dsums, dtotal, dstate, dsums0, dtotal0, dstate0,
+    starts, ends, mask, cu, sums, count, state, dsums, dtotal, dstate, dsums0, dtotal0, dstate0,
     length, total_rows, batch, segments, tiles, clamp, eps, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt,
     stride_kh, stride_vb, stride_vt, stride_vh, stride_yb, stride_yt, stride_yh, stride_mb, stride_mt,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
@@ -110,6 +110,7 @@ def causal_flow_attention_bwd_kernel(
     thirds, fourths = thirds + index * segments * 2 * D, fourths + index * segments * 2 * D
     states += (index * segments + segment) * D * M
     dstates += (index * segments + segment) * D * M
+    starts, ends = starts + (index * segments + segment) * D * M, ends + (index * segments + segment) * D * M
     begin, end = segment_of(segment, segments, tokens, length, C)
     steps, behind_us = tl.cdiv(end - begin, C), segments - 1 - segment
     cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, C)
@@ -165,7 +166,7 @@ def causal_flow_attention_bwd_kernel(
     if STAGE == 0 or STAGE == 2:
         kv = tl.zeros([BD, BM], tl.float32)
         if STAGE == 2:
-            kv = load_state(states, cols, cols_v, D, M)
+            kv = load_state(starts, cols, cols_v, D, M)
         elif state is not None:
             kv = load_state(state + index * D * M, cols, cols_v, D, M)
         for first in range(begin, end, C):
@@ -185,7 +186,7 @@ def causal_flow_attention_bwd_kernel(
             kv = tl.dot(tl.trans(fk), narrow(values * w[:, None], v), kv, input_precision=PRECISION)
         r_state, share = tl.zeros([BD, BM], tl.float32), tl.zeros([C], tl.float32)
         if STAGE == 2:
-            r_state = load_state(dstates, cols, cols_v, D, M)
+            r_state = load_state(ends, cols, cols_v, D, M)
         elif dstate is not None:
             r_state = load_state(dstate + index * D * M, cols, cols_v, D, M)
         for step in range(0, steps):
@@ -311,7 +312,7 @@ def causal_flow_attention_bwd_kernel(
     if STAGE == 0 or STAGE == 5:
         kv = tl.zeros([BM, BD], tl.float32)  # transposed, as the product with dy reads it
         if STAGE == 5:
-            kv = tl.trans(load_state(states, cols, cols_v, D, M))
+            kv = tl.trans(load_state(starts, cols, cols_v, D, M))
         elif state is not None:
             kv = tl.trans(load_state(state + index * D * M, cols, cols_v, D, M))
         for first in range(begin, end, C):
@@ -342,7 +343,7 @@ def causal_flow_attention_bwd_kernel(
     if STAGE == 0 or STAGE == 6:
         r_state = tl.zeros([BM, BD], tl.float32)  # transposed
         if STAGE == 6:
-            r_state = tl.trans(load_state(dstates, cols, cols_v, D, M))
+            r_state = tl.trans(load_state(ends, cols, cols_v, D, M))
         elif dstate is not None:
             r_state = tl.trans(load_state(dstate + index * D * M, cols, cols_v, D, M))
         for step in range(0, steps):
@@ -415,8 +416,8 @@ def causal_flow_attention_bwd(
     firsts, seconds, thirds, fourths = (
         flows.new_empty((programs, segments, n)) for n in (4 * width, 1, 2 * width, 2 * width)
     )
-    states, dstates = (
-        flows.new_empty((programs if segments > 1 else 0, segments, width, width_v)) for _ in range(2)
+    states, dstates, starts, ends = (
+        flows.new_empty((programs if segments > 1 else 0, segments, width, width_v)) for _ in range(4)
     )  # fmt: skip
     counts = None
     strides = (*time_strides(q, k, v, dy), *mask_strides(mask))
@@ -431,13 +432,13 @@ def causal_flow_attention_bwd(
     key = launch_key(strides, q, k, v, dy, mask, cu, sums, count, state, *finals)
     arguments = (
         q, k, v, dy, dq, dk, dv, flows, terms, before, after, firsts, seconds, thirds, fourths, counts, states, dstates,
-        mask, cu, sums, count, state, *finals, length, length, batch, segments, tiles, min(clamp, CAUSAL_LIMIT), eps,
-        *strides,
+        starts, ends, mask, cu, sums, count, state, *finals, length, length, batch, segments, tiles,
+        min(clamp, CAUSAL_LIMIT), eps, *strides,
     )  # fmt: skip
     for stage in (0,) if segments == 1 else (1, 2, 3, 4, 5, 6):
         if stage == 2:
-            scan_states(states, state, False)
-            scan_states(dstates, dstate, True)
+            scan_states(states, state, starts, False)
+            scan_states(dstates, dstate, ends, True)
         config = causal_config(q.dtype, constants[4:6], "bwd", stage)
         _bwd(programs * segments, key, arguments, (*constants, stage), config)
     return dq, dk, dv, dsums0, dtotal0, dstate0

@@ -17,6 +17,7 @@ CAUSAL_PROGRAMS = 528  # a program first adds up the sums of all segments before
 SHORTEST_PART = 256  # tokens
 LONGEST_PART = 16384  # tokens: bounds the additions in one float32 accumulator
 SLICES = 8  # programs that add the partial states of one head
+SCAN_EACH, SCAN = 256, (16, 4, 1)  # numbers of a state a program of the scan takes, segments at a time
 
 # (num_warps, num_stages) of tiles of 64 tokens, by direction and phase; 4 and 1 where not named.
 WHOLE = {("bwd", 0): (8, 1), ("bwd", 1): (4, 2), ("bwd", 2): (8, 1), ("bwd", 3): (8, 2), ("bwd", 4): (8, 2)}
