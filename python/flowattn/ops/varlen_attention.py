@@ -51,10 +51,9 @@ def varlen_attention(
     softcap > 0: scores become softcap * tanh(score / softcap), before any bias is added.
     alibi_slopes: float32 (H,) or (B, H): adds -slope * |i + s - j|. No gradient.
     bias: added to the scores, in the dtype of q or float32, with gradient. A RelativeBias, a DisentangledBias (Triton
-        rounds its tables to the dtype of q), or dense
-        (H, S, S) or (B, H, S, S), any strides, S at least the longest sequence (Triton takes what is missing as 0). B
-        or H of size 1 is broadcast and its gradient summed in place; that of a tensor expanded beforehand has the
-        expanded size.
+        rounds its tables to the dtype of q), or dense (H, S, S) or (B, H, S, S), any strides, S at least the longest
+        sequence (Triton takes what is missing as 0). B or H of size 1 is broadcast and its gradient summed in place;
+        that of a tensor expanded beforehand has the expanded size.
     dropout_p: drops probabilities and divides the others by 1 - dropout_p; the LSE is that without dropout. Two int64
         numbers from the device's default generator decide, together with the sequence's place in the batch, the head
         and i and j (docs/design.md): not the lengths of other sequences, the plan, the backend or the direction.
