@@ -1,9 +1,8 @@
-"""The affine map of a causal flow, both ways, with what an iterative inverse measures on the way; and its pieces, which
-the last kernel of a decode step uses too.
+"""The affine map of a causal flow, both ways, with what an iterative inverse measures on the way.
 
-Program: BT tokens of D features, as a tile. Inputs keep their strides; every one is read once. The stride of tokens is a
-constant and, where batch and tokens are one dimension (FLAT), the only one: loads of 16 bytes need to know that it is a
-multiple of them.
+Program: BT tokens of D features, as a tile. Inputs keep their strides; every one is read once. The stride of tokens is
+a constant and, where batch and tokens are one dimension (FLAT), the only one: loads of 16 bytes need to know that it is
+a multiple of them. The last kernel of a decode step uses the pieces too.
 """
 
 import torch
@@ -95,15 +94,15 @@ def _split(
         mu = clipped(_read(params + D, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
     else:
         mu = clipped(_read(params, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
-        log_scale = mu * 0.0
+        log_scale = tl.zeros_like(mu)
     return tl.where(live, log_scale, 0.0), mu
 
 
 @triton.jit(do_not_specialize=("total", "tokens", "soft_clip"))
 def flow_affine_fwd_kernel(
     x, params, z, logdet, total, tokens, soft_clip, x_stride, p_stride,
-    X_ROW: tl.constexpr, P_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
+    X_ROW: tl.constexpr, P_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr,
+    SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row, cols, live = _place(total, D, BT, BD)
     log_scale, mu = _split(
@@ -118,35 +117,32 @@ def flow_affine_fwd_kernel(
 @triton.jit(do_not_specialize=("total", "tokens", "soft_clip"))
 def flow_affine_bwd_kernel(
     dz, z, params, dlogdet, dx, dparams, total, tokens, soft_clip, g_stride, z_stride, p_stride,
-    G_ROW: tl.constexpr, Z_ROW: tl.constexpr, P_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
+    G_ROW: tl.constexpr, Z_ROW: tl.constexpr, P_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr,
+    SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """With s = log sigma: dx = dz / sigma, dmu = -dx, ds = -z dz - dlogdet; then back through softplus and clip. dlogdet
-    (B n) or None."""
+    """With s = log sigma: dx = dz / sigma, dmu = -dx, ds = -z dz - dlogdet; then back through softplus and clip.
+    dlogdet (B n) or None."""
+    MEANS: tl.constexpr = D if SCALES else 0
     row, cols, live = _place(total, D, BT, BD)
-    log_scale, mu = _split(
-        params, row, tokens, p_stride, cols, live, soft_clip, P_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
-    )  # fmt: skip
-    g = _read(dz, row, tokens, g_stride, cols, live, G_ROW, FLAT)
-    down = g * tl.exp(-log_scale)
-    to = row.to(tl.int64)[:, None]
-    tl.store(dx + to * D + cols[None, :], down.to(dx.dtype.element_ty), mask=live)
-    dmu = -down
-    if CLIPS:
-        dmu *= 1.0 - (mu / soft_clip) * (mu / soft_clip)
+    to, down = row.to(tl.int64)[:, None], _read(dz, row, tokens, g_stride, cols, live, G_ROW, FLAT)
     if SCALES:
-        ds = -g * _read(z, row, tokens, z_stride, cols, live, Z_ROW, FLAT)
+        alpha = clipped(_read(params, row, tokens, p_stride, cols, live, P_ROW, FLAT), soft_clip, CLIPS)
+        log_scale = log_scale_of(alpha, SOFTPLUS)
+        ds = -down * _read(z, row, tokens, z_stride, cols, live, Z_ROW, FLAT)
         if dlogdet is not None:
             ds -= tl.load(dlogdet + row, mask=row < total, other=0.0)[:, None]
-        alpha = clipped(_read(params, row, tokens, p_stride, cols, live, P_ROW, FLAT), soft_clip, CLIPS)
         if SOFTPLUS:
             ds *= 1.0 / ((1.0 + tl.exp(-(alpha + SHIFT))) * tl.exp(log_scale))
         if CLIPS:
             ds *= 1.0 - (alpha / soft_clip) * (alpha / soft_clip)
         tl.store(dparams + to * (2 * D) + cols[None, :], ds.to(dparams.dtype.element_ty), mask=live)
-        tl.store(dparams + to * (2 * D) + D + cols[None, :], dmu.to(dparams.dtype.element_ty), mask=live)
-    else:
-        tl.store(dparams + to * D + cols[None, :], dmu.to(dparams.dtype.element_ty), mask=live)
+        down *= tl.exp(-log_scale)
+    tl.store(dx + to * D + cols[None, :], down.to(dx.dtype.element_ty), mask=live)
+    dmu = -down
+    if CLIPS:
+        mu = clipped(_read(params + MEANS, row, tokens, p_stride, cols, live, P_ROW, FLAT), soft_clip, CLIPS)
+        dmu *= 1.0 - (mu / soft_clip) * (mu / soft_clip)
+    tl.store(dparams + to * (MEANS + D) + MEANS + cols[None, :], dmu.to(dparams.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -160,9 +156,9 @@ def _largest(x, live):
 def flow_affine_inv_kernel(
     z, params, other, previous, guidance, x, statistics, total, tokens, soft_clip,
     z_stride, p_stride, o_stride, u_stride, w_stride, w_token_stride,
-    Z_ROW: tl.constexpr, P_ROW: tl.constexpr, O_ROW: tl.constexpr, U_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr,
-    SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr, RULE: tl.constexpr,
-    GUIDE_SCALE: tl.constexpr, GUIDE_MEAN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    Z_ROW: tl.constexpr, P_ROW: tl.constexpr, O_ROW: tl.constexpr, U_ROW: tl.constexpr, FLAT: tl.constexpr,
+    D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
+    RULE: tl.constexpr, GUIDE_SCALE: tl.constexpr, GUIDE_MEAN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row, cols, live = _place(total, D, BT, BD)
     exists = row < total

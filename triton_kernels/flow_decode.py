@@ -69,8 +69,8 @@ def _plain(arguments):
 class FlowDecode:
     """The launches of a step of `block` (a FlowBlock) for tokens and z (B, T, D), contiguous float32.
 
-    keys, values (layers, S, Hkv, slots, d) hold the prefix and the steps before `begin`. A call does one step: it writes
-    the next token and moves on. Nothing is allocated after the first.
+    keys, values (layers, S, Hkv, slots, d) hold the prefix and the steps before `begin`. A call does one step: it
+    writes the next token and moves on. Nothing is allocated by a call.
     """
 
     def __init__(self, block, conditions, tokens, z, keys, values, begin, affine, early, config=None):
@@ -148,8 +148,8 @@ class FlowDecode:
         self._add(
             _end,
             self.batch * self.info.shape[1],
-            (self.streams[0], self.parts, post, block.final_norm or NO_NORM, *block.proj_out, z, guidance, tokens, self.info,
-             self.position, *numbers),
+            (self.streams[0], self.parts, post, block.final_norm or NO_NORM, *block.proj_out, z, guidance, tokens,
+             self.info, self.position, *numbers),
             (self.width, self.features, scales, block.first, added, affine.rule, "a" in affine.what,
              "b" in affine.what, affine.softplus, affine.soft_clip > 0, affine.clamp is not None, *self.norms,
              self.early),

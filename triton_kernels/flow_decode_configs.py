@@ -35,8 +35,8 @@ def power(n):
 
 
 def few_columns(config, columns, depth, depths=1):
-    """BN of a product for few rows: depth is its padded tile. What a program reads besides its weights is the rows, four
-    float32 numbers for each of the depth, so that fewer than 8 columns would make that the larger part."""
+    """BN of a product for few rows, whose padded depth this is. Besides its weights a program reads the rows, up to
+    four float32 numbers for each of the depth: with fewer than 8 columns that would be the larger part."""
     block = config.few_columns * max(1024 // depth, 1)
     while block > 4 and triton.cdiv(columns, block) * depths < config.programs // 2:
         block //= 2

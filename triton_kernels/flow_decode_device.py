@@ -1,6 +1,6 @@
 """What the kernels of a decode step share: the residual stream, norms, what follows a product, and the launch order.
 
-Between two products the residual stream exists as a tensor and `PARTS` partial sums of what the last product adds to it.
+Between two products the residual stream is a tensor and `PARTS` partial sums of what the last product adds to it.
 Whoever needs the stream adds them up, in order, and one program writes the sum down: a product split along its depth
 needs neither atomics nor a kernel of its own to finish, and a norm of the added part has its whole row at hand.
 """
@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def let_next_start(EARLY: tl.constexpr):
-    """With programmatic launches the next kernel may start, and wait in `wait_for_last`, once all programs were here."""
+    """With programmatic launches the next kernel starts once all programs were here, and waits in `wait_for_last`."""
     if EARLY:
         gdc_launch_dependents()
 

@@ -1,7 +1,7 @@
 """Both ends of a decode step: the input of the network, and the new token from its output.
 
-position (2,) int64 holds the step: the first kernel of a step reads entry 0 and writes entry 1, which all others read; the
-last one writes entry 0 for the next step. So no program reads what another one of its kernel writes.
+position (2,) int64 holds the step: the first kernel of a step reads entry 0 and writes entry 1, which all others read;
+the last one writes entry 0 for the next step. So no program reads what another one of its kernel writes.
 """
 
 import triton

@@ -1,7 +1,7 @@
-"""Products of a decode step for few rows: each program holds a tile of weights, asked for before it waits for its input.
+"""Products of a decode step for few rows: a program holds a tile of weights, asked for before it waits for its input.
 
-The weights are read once, in 16-byte loads that are on their way while the kernel before ends. The rows are small, so every
-program computes the norm in front of the product anew. Products are float32 multiplications: as many as there are bytes.
+The weights are read once, and are on their way while the kernel before ends. The rows are small, so every program
+computes the norm in front of its product anew. Products are float32 multiplications.
 """
 
 import triton

@@ -1,8 +1,9 @@
-"""Attention of windows of consecutive steps over a static cache, for sweeps: no score matrix, no slot read in vain.
+"""Attention of windows of consecutive steps over a static cache, for sweeps: without a matrix of all scores.
 
-Program: (row, head, tile of the window). Row i of a window that starts at slot f sees the slots 0 .. f + i. Those before f
-are final and seen by all. Those of the window belong to iterates that may overflow, and a probability of 0 times an
-infinity is NaN: there, keys that are not finite are taken out of the products, and whoever does see one becomes NaN.
+Program: (row, head, tile of the window). Row i of a window that starts at slot f sees the slots 0 .. f + i. Those
+before f are final and seen by all. Those of the window belong to iterates that may overflow, and a probability of 0
+times an infinity is NaN: there, keys that are not finite are taken out of the products, and rows
+that do see one become NaN.
 """
 
 import torch
