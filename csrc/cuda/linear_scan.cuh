@@ -3,7 +3,7 @@
 // and c before the first token is the gradient of the initial state.
 #pragma once
 
-#include "cuda/scan.cuh"
+#include "cuda/scan_states.cuh"
 
 namespace flowattn {
 

@@ -9,7 +9,7 @@
 // Behind the last token c is u dw and -u du of the final state; before the first, c and -r are gradients of w0 and u0.
 #pragma once
 
-#include "cuda/scan.cuh"
+#include "cuda/scan_states.cuh"
 
 namespace flowattn {
 

@@ -11,7 +11,7 @@
 #include "common/cuda_stream.h"
 #include "common/scan_tensors.h"
 #include "cuda/elements.h"
-#include "cuda/scan.cuh"
+#include "cuda/scan_states.cuh"
 
 namespace flowattn {
 
