@@ -8,7 +8,8 @@ import flowattn as fa
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("u", "delta", "A", "B", "C", "skip", "z", "delta_bias", "initial")
-on_backends = pytest.mark.parametrize("backend", ("cpu", "reference"), indirect=True)
+on_backends = pytest.mark.parametrize("backend", ("cuda", "cpu", "reference"), indirect=True)
+on_native = pytest.mark.parametrize("backend", ("cuda", "cpu"), indirect=True)
 on_triton = pytest.mark.parametrize("backend", ("triton",), indirect=True)
 both_layouts = pytest.mark.parametrize("layout", ("BDL", "BLD"))
 both_directions = pytest.mark.parametrize("reverse", (False, True), ids=("forward", "reverse"))
@@ -32,8 +33,9 @@ def turned(x, layout):
 
 
 def make(batch=2, length=37, channels=6, states=3, *, groups=None, dtype=torch.float64, layout="BLD", full=True,
-         device="cpu"):  # fmt: skip
+         device=None):  # fmt: skip
     """Inputs by name; groups=None: B and C without a dim of groups. full: with skip, z, bias and initial state."""
+    device = device or torch.get_default_device()
     rows = (batch, length, states) if groups is None else (batch, length, groups, states)
     x = {
         "u": torch.randn(batch, length, channels),
@@ -100,7 +102,7 @@ def assert_near(name, got, true, tolerance):
 
 
 def agree(backend, got, expected):
-    """Bitwise in C++; torch may add in another order for another shape."""
+    """Bitwise on the CPU in C++; torch and a GPU may add in another order for another shape."""
     if backend == "cpu":
         return torch.equal(got, expected)
     tolerance = 1e-12 if got.dtype == torch.float64 else 1e-5 if got.dtype == torch.float32 else 8e-3
@@ -111,8 +113,8 @@ def results_and_gradients(function, x, dtype=None, **options):
     """(out, final, states, gradients of every input that is there), with fixed output gradients, rounded to dtype."""
     leaves = {name: None if value is None else value.detach().clone().requires_grad_() for name, value in x.items()}
     outputs = function(leaves, **options)
-    generator = torch.Generator().manual_seed(1)
-    go = [torch.randn(y.shape, generator=generator).to(dtype or x["u"].dtype).to(y) for y in outputs]
+    generator = torch.Generator("cpu").manual_seed(1)
+    go = [torch.randn(y.shape, generator=generator, device="cpu").to(dtype or x["u"].dtype).to(y) for y in outputs]
     there = [leaf for leaf in leaves.values() if leaf is not None]
     learned = [(y, g) for y, g in zip(outputs, go) if y.requires_grad]  # the reference of no states has no gradient
     return (

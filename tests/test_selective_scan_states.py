@@ -30,7 +30,7 @@ def packed_parts(x, ends):
 @both_directions
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @on_backends
-def test_packed_equals_each_sequence(backend, dtype, reverse):
+def test_packed_equals_each_sequence(scan_backend, dtype, reverse):
     ends = [0, 0, 5, 6, 6, 140, 173, 173]
     x = make(1, 180, 20, 3, dtype=dtype)
     x["initial"] = torch.randn(7, 20, 3)
@@ -44,19 +44,19 @@ def test_packed_equals_each_sequence(backend, dtype, reverse):
         rows = slice(ends[s], ends[s + 1])
         part = {name: value.detach().requires_grad_() for name, value in part.items()}
         one_out, one_final, _ = run(part, **options)
-        assert agree(backend, out[:, rows], one_out) and agree(backend, final[s : s + 1], one_final)
+        assert agree(scan_backend, out[:, rows], one_out) and agree(scan_backend, final[s : s + 1], one_final)
         grads = torch.autograd.grad([one_out, one_final], list(part.values()), [go[:, rows], gf[s : s + 1]],
                                     allow_unused=True)  # fmt: skip
         for name, grad in zip(NAMES, grads):
             if name in ("u", "delta", "B", "C", "z") and grad is not None:
-                assert agree(backend, gradients[name][:, rows], grad), name
+                assert agree(scan_backend, gradients[name][:, rows], grad), name
             if name == "initial":
-                assert agree(backend, gradients[name][s : s + 1], grad), name
+                assert agree(scan_backend, gradients[name][s : s + 1], grad), name
 
 
 @both_layouts
 @on_backends
-def test_packed_without_batch_dim(backend, layout):
+def test_packed_without_batch_dim(scan_backend, layout):
     x = make(1, 9, 4, 2, dtype=torch.float32, layout=layout)
     x["initial"] = torch.randn(2, 4, 2)
     options = {"cu_seqlens": torch.tensor([0, 4, 7]), "layout": layout, "return_states_at": [5, 8, 3]}
@@ -70,7 +70,7 @@ def test_packed_without_batch_dim(backend, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @both_directions
 @on_backends
-def test_split_and_resume(backend, dtype, reverse):
+def test_split_and_resume(scan_backend, dtype, reverse):
     x = make(2, 150, 5, 3, dtype=dtype)
     cuts = [0, *sorted(torch.randperm(149)[:4].add(1).tolist()), 150]
     spans = list(zip(cuts, cuts[1:]))
@@ -82,21 +82,21 @@ def test_split_and_resume(backend, dtype, reverse):
         part = {name: value[:, begin:end] if name in ("u", "delta", "z", "B", "C") else value
                 for name, value in x.items()}  # fmt: skip
         outs[begin], state, _ = run({**part, "initial": state}, reverse=reverse)
-        assert agree(backend, states[:, k], state)
-    assert agree(backend, torch.cat([outs[begin] for begin in sorted(outs)], 1), whole)
-    assert agree(backend, state, last)
+        assert agree(scan_backend, states[:, k], state)
+    assert agree(scan_backend, torch.cat([outs[begin] for begin in sorted(outs)], 1), whole)
+    assert agree(scan_backend, state, last)
 
 
 @both_layouts
 @on_backends
-def test_reverse_is_flip_run_flip(backend, layout):
+def test_reverse_is_flip_run_flip(scan_backend, layout):
     x = make(2, 77, 18, 3, dtype=torch.float32, layout=layout)
     time = 2 if layout == "BDL" else 1
     flip = {"u": time, "delta": time, "z": time, "B": x["B"].dim() - 1 if time == 2 else 1}
     flip["C"] = flip["B"]
     flipped = {name: value.flip(flip[name]) if name in flip else value for name, value in x.items()}
     for mine, other in zip(run(x, layout=layout, reverse=True)[:2], run(flipped, layout=layout)[:2]):
-        assert agree(backend, mine, other.flip(time) if mine.shape == x["u"].shape else other)
+        assert agree(scan_backend, mine, other.flip(time) if mine.shape == x["u"].shape else other)
 
 
 @both_layouts

@@ -17,4 +17,10 @@ struct ScanState {
   int64_t row, head;
 };
 
+// (rows, T, groups, N), any strides: what a selective scan projects its states with.
+struct StateRows {
+  void* data;
+  int64_t row, time, group, state;
+};
+
 }  // namespace flowattn

@@ -11,12 +11,6 @@ constexpr int64_t kScanChannels = 64;
 // Tokens of a tile; where the caller keeps states, those between two kept ones.
 constexpr int64_t kScanTile = 64;
 
-// (B, L, G, N), any strides.
-struct StateRows {
-  void* data;
-  int64_t row, time, group, state;
-};
-
 // Pointers without a type are to the compute type. Channel tensors are ScanTensors whose head is a channel.
 struct SelectiveScan {
   Storage storage;

@@ -12,6 +12,7 @@ _OP = "selective_scan"
 _MAX_STATES = 256
 # Tokens between the states that the forward keeps for the backward: N / CHUNK float32 numbers for each element of u.
 CHUNK = 64
+CUDA_CHUNK = 32  # a tile of the CUDA kernels
 _fwd, _bwd = op("selective_scan_fwd"), op("selective_scan_bwd")
 _fwd_triton, _bwd_triton = op("selective_scan_fwd_triton"), op("selective_scan_bwd_triton")
 
@@ -74,7 +75,8 @@ def selective_scan(
     Gradients: all tensors, through the states too. Deterministic, on the CPU for any number of threads. Host sync:
     none, except in the reference.
     Cost: reads u, delta, z, B and C once, writes out once; B L D N exponentials. Where a gradient is needed it keeps
-        the state before every 64 tokens; the backward recomputes the others. x of all tokens is never in memory.
+        the state before every 64 tokens (32 with CUDA kernels); the backward recomputes the others. x of all tokens is
+        never in memory.
     Source: Gu and Dao, Mamba (2023), equation 2 and algorithm 2, with the simplified discretisation of its code.
 
     >>> u, B = torch.ones(1, 1, 3), torch.ones(1, 1, 3)
@@ -139,8 +141,9 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, *call):
         u, delta, A, B, C, skip, z, delta_bias, initial, cu_seqlens, slots, num_slots, *options = call
-        ctx.options = (*options, CHUNK)
-        out, final, states, carries = backend.fwd(*call, CHUNK)
+        chunk = CUDA_CHUNK if backend.name == "cuda" else CHUNK
+        ctx.options = (*options, chunk)
+        out, final, states, carries = backend.fwd(*call, chunk)
         ctx.save_for_backward(u, delta, A, B, C, skip, z, delta_bias, cu_seqlens, slots, carries)
         ctx.bwd, ctx.has_initial = backend.bwd, initial is not None
         ctx.set_materialize_grads(False)
@@ -242,6 +245,11 @@ def _refuse_cpu(u, *rest):
     return _native.refuse_cpu(u)
 
 
+def _refuse_cuda(u, *rest):
+    reason = _native.refuse_cuda(u)
+    return "takes no float64" if reason is None and u.dtype == torch.float64 else reason
+
+
 def _refuse_triton(u, *rest):
     if u.dtype == torch.float64:
         return "takes no float64"
@@ -257,6 +265,7 @@ def _probe(device):
 _TABLE = dispatch.Table(
     _OP,
     _prepare,
+    dispatch.Backend("cuda", _refuse_cuda, _fwd, _bwd),
     dispatch.Backend("cpu", _refuse_cpu, _fwd, _bwd),
     dispatch.Backend("triton", _refuse_triton, _fwd_triton, _bwd_triton),
     dispatch.Backend("reference", dispatch.never, None),
