@@ -72,9 +72,18 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
-// d of delta + bias; from 20 on softplus is the identity, as in torch.
+// log(1 + y) for 0 <= y <= 1, as 2 artanh(s) with s = y / (2 + y) <= 1/3: no digit of a small y is lost.
+__device__ inline float log1p_of_fraction(float y) {
+  const float s = __fdividef(y, y + 2.0f), q = s * s;
+  float p = fmaf(q, 1.0f / 13, 1.0f / 11);  // the series; the next term is below 5e-9 of the first
+  p = fmaf(p, q, 1.0f / 9), p = fmaf(p, q, 1.0f / 7), p = fmaf(p, q, 1.0f / 5), p = fmaf(p, q, 1.0f / 3);
+  return 2.0f * s * fmaf(p, q, 1.0f);
+}
+
+// d of delta + bias; from 20 on softplus is the identity, as in torch. Both sides are computed: a branch costs more.
 __device__ inline float step_size(float x, bool softplus) {
-  return !softplus || x > 20.0f ? x : fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)));
+  const float soft = fmaxf(x, 0.0f) + log1p_of_fraction(__expf(-fabsf(x)));
+  return softplus && !(x > 20.0f) ? soft : x;
 }
 
 __device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
@@ -180,16 +189,24 @@ struct TileMap {
       t = thread / Z::kChannels, c = thread % Z::kChannels, dt = kSelectiveThreads / Z::kChannels, dc = 0;
     }
   }
-  // Calls f(i, token of the tile, channel of the block, where it lies, whether it exists).
+  // Calls f(i, token of the tile, channel of the block, whether it exists).
   template <class F>
-  __device__ void each(const ScanTensor& x, const SelectiveRun<Z>& run, int tile, const F& f) const {
-    const int64_t at = run.row * x.row + run.token(tile + t) * x.time + (run.channel + c) * x.head;
-    const int64_t stride = run.step * dt * x.time + dc * x.head;
+  __device__ void each(const SelectiveRun<Z>& run, int tile, const F& f) const {
 #pragma unroll
     for (int i = 0; i < Z::kLoads; ++i) {
       const int token = t + i * dt, column = c + i * dc;
-      f(i, token, column, at + i * stride, tile + token < run.count && column < run.channels);
+      f(i, token, column, tile + token < run.count && column < run.channels);
     }
+  }
+  // The same with a pointer to the element behind i.
+  template <class S, class F>
+  __device__ void each_in(const ScanTensor& x, const SelectiveRun<Z>& run, int tile, const F& f) const {
+    S* at = static_cast<S*>(x.data) + run.row * x.row + run.token(tile + t) * x.time + (run.channel + c) * x.head;
+    const int64_t stride = dt ? run.step * dt * x.time : dc * x.head;
+    each(run, tile, [&](int i, int token, int column, bool exists) {
+      f(i, at, token, column, exists);
+      at += stride;
+    });
   }
 };
 
@@ -198,20 +215,28 @@ template <class S, class Z>
 struct TileLoad {
   S raw[Z::kLoads];
 
-  // All tensors of a call are moved alike, by the strides of `like`, so that a thread meets its own elements again.
+  // All tensors of a call are moved by one map, so that a thread meets its own elements again.
   __device__ void load(const TileMap<Z>& map, const ScanTensor& x, const SelectiveRun<Z>& run, int tile) {
-    map.each(x, run, tile, [&](int i, int, int, int64_t at, bool exists) {
+    map.template each_in<const S>(x, run, tile, [&](int i, const S* at, int, int, bool exists) {
       from_float(0.0f, raw[i]);
-      if (exists) raw[i] = static_cast<const S*>(x.data)[at];
+      if (exists) raw[i] = *at;
     });
   }
 };
 
 template <class S, class Z>
 __device__ inline void store_tile(const float* from, const ScanTensor& x, const SelectiveRun<Z>& run, int tile) {
-  TileMap<Z>(x).each(x, run, tile, [&](int, int token, int column, int64_t at, bool exists) {
-    if (exists) from_float(from[token * Z::kPitch + column], static_cast<S*>(x.data)[at]);
+  TileMap<Z>(x).template each_in<S>(x, run, tile, [&](int, S* at, int token, int column, bool exists) {
+    if (exists) from_float(from[token * Z::kPitch + column], *at);
   });
+}
+
+// delta_bias of the block's channels; the next barrier shows it.
+template <class Z>
+__device__ inline void stage_bias(float* to, const SelectiveScanArgs& args, const SelectiveRun<Z>& run) {
+  if (threadIdx.x >= Z::kChannels) return;
+  const bool exists = args.bias && static_cast<int>(threadIdx.x) < run.channels;
+  to[threadIdx.x] = exists ? args.bias[run.channel + threadIdx.x] : 0.0f;
 }
 
 // Rows of B or C on their way to shared memory, where a token has `Orders` copies of its row, each in another order of
@@ -221,37 +246,37 @@ struct RowLoad {
   static constexpr int kPitch = Orders * Z::kStates + 4;
   S raw[Z::kRowsEarly ? Z::kRowLoads : 1];
 
+  // Calls f(i, pointer, token of the tile, state, whether it exists). Rows wider than a block are read along time.
   template <class F>
-  __device__ static void each(const StateRows& x, const F& f) {
-    const bool by_time = x.time < x.state;
+  __device__ static void each(const StateRows& x, const SelectiveRun<Z>& run, int states, int tile, const F& f) {
+    constexpr int kTokens = kSelectiveThreads / Z::kStates;  // at once, along the states
+    const int thread = threadIdx.x;
+    const bool by_time = kTokens == 0 || x.time < x.state;
+    const int t = by_time ? thread % kTile : thread / Z::kStates, n = by_time ? thread / kTile : thread % Z::kStates;
+    const int dt = by_time ? 0 : kTokens, dn = by_time ? kSelectiveThreads / kTile : 0;
+    const S* at = static_cast<const S*>(x.data) + run.row * x.row + run.token(tile + t) * x.time + run.group * x.group +
+                  n * x.state;
+    const int64_t stride = by_time ? dn * x.state : run.step * dt * x.time;
 #pragma unroll(Z::kRowsEarly ? Z::kRowLoads : 4)
     for (int i = 0; i < Z::kRowLoads; ++i) {
-      const int e = threadIdx.x + i * kSelectiveThreads;
-      f(i, by_time ? e % kTile : e / Z::kStates, by_time ? e / kTile : e % Z::kStates);
+      f(i, at, t + i * dt, n + i * dn, tile + t + i * dt < run.count && n + i * dn < states);
+      at += stride;
     }
   }
-  __device__ static S fetch(const StateRows& x, const SelectiveRun<Z>& run, int states, int tile, int t, int n) {
+  __device__ static S fetch(const S* at, bool exists) {
     S value;
     from_float(0.0f, value);
-    if (tile + t < run.count && n < states) {
-      const int64_t at = run.row * x.row + run.token(tile + t) * x.time + run.group * x.group + n * x.state;
-      value = static_cast<const S*>(x.data)[at];
-    }
+    if (exists) value = *at;
     return value;
   }
   __device__ void load(const StateRows& x, const SelectiveRun<Z>& run, int states, int tile) {
     if constexpr (Z::kRowsEarly) {
-      each(x, [&](int i, int t, int n) { raw[i] = fetch(x, run, states, tile, t, n); });
+      each(x, run, states, tile, [&](int i, const S* at, int, int, bool exists) { raw[i] = fetch(at, exists); });
     }
   }
   __device__ void commit(float* to, const StateRows& x, const SelectiveRun<Z>& run, int states, int tile) const {
-    each(x, [&](int i, int t, int n) {
-      float value;
-      if constexpr (Z::kRowsEarly) {
-        value = to_float(raw[i]);
-      } else {
-        value = to_float(fetch(x, run, states, tile, t, n));
-      }
+    each(x, run, states, tile, [&](int i, const S* at, int t, int n, bool exists) {
+      const float value = to_float(Z::kRowsEarly ? raw[Z::kRowsEarly ? i : 0] : fetch(at, exists));
 #pragma unroll
       for (int o = 0; o < Orders; ++o) to[t * kPitch + o * Z::kStates + (n ^ o)] = value;
     });
@@ -302,7 +327,8 @@ template <class Z>
 struct SelectiveForwardMemory {
   static constexpr int kRows = kTile * (Z::kStates + 4);
   static constexpr int B = 0, C = B + kRows, u = C + kRows, d = u + Z::kTileFloats, z = d + Z::kTileFloats,
-                       out = z + Z::kTileFloats, slots = out + Z::kTileFloats, kFloats = slots + kTile;
+                       out = z + Z::kTileFloats, slots = out + Z::kTileFloats, bias = slots + kTile,
+                       kFloats = bias + Z::kChannels;
 };
 
 template <class S, class Z>
@@ -327,12 +353,13 @@ __global__ void __launch_bounds__(kSelectiveThreads)
     B.load(args.B, run, args.states, tile), C.load(args.C, run, args.states, tile);
   };
   if (run.count) start_tile(0);
+  stage_bias(shared + At::bias, args, run);
+  __syncthreads();
   for (int tile = 0; tile < run.count; tile += kTile) {
-    map.each(args.u, run, tile, [&](int i, int t, int c, int64_t, bool exists) {
+    map.each(run, tile, [&](int i, int t, int c, bool exists) {
       const int at = t * Z::kPitch + c;
-      const float bias = exists && args.bias ? args.bias[run.channel + c] : 0.0f;
       shared[At::u + at] = to_float(u.raw[i]);
-      shared[At::d + at] = exists ? step_size(to_float(delta.raw[i]) + bias, args.softplus) : 0.0f;
+      shared[At::d + at] = exists ? step_size(to_float(delta.raw[i]) + shared[At::bias + c], args.softplus) : 0.0f;
       if (args.z.data) shared[At::z + at] = to_float(z.raw[i]);
     });
     B.commit(shared + At::B, args.B, run, args.states, tile);
@@ -409,11 +436,12 @@ __global__ void __launch_bounds__(kSelectiveThreads)
     rows.load(row_tensor, run, args.states, tile);
   };
   if (run.count) start_tile(0);
+  stage_bias(shared + At::bias, args, run);
+  __syncthreads();
   for (int tile = 0; tile < run.count; tile += kTile) {
-    map.each(args.u, run, tile, [&](int i, int t, int c, int64_t, bool exists) {
+    map.each(run, tile, [&](int i, int t, int c, bool exists) {
       const int at = t * Z::kPitch + c;
-      const float bias = exists && args.bias ? args.bias[run.channel + c] : 0.0f;
-      const float d = exists ? step_size(to_float(delta.raw[i]) + bias, args.softplus) : 0.0f;
+      const float d = exists ? step_size(to_float(delta.raw[i]) + shared[At::bias + c], args.softplus) : 0.0f;
       float scale = to_float(scales.raw[i]) * (backward ? 1.0f : d);
       if (gated) scale *= to_float(z.raw[i]) * sigmoid(to_float(z.raw[i]));
       shared[At::d + at] = d, shared[At::u + at] = scale;
