@@ -117,8 +117,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
   stage_bias(shared + At::bias, args, run);
   __syncthreads();
   for (; tile >= 0; tile -= kTile) {
-    map.each(run, tile, [&](int i, int t, int c, bool exists) {
-      const int at = t * Z::kPitch + c;
+    map.each(run, tile, [&](int i, int at, int c, bool exists) {
       float gy = to_float(dout.raw[i]);
       if (gated) {  // gy = dout silu(z), and dz = y z'
         const float gate = to_float(z.raw[i]), open = sigmoid(gate);
