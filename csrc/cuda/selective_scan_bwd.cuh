@@ -1,7 +1,7 @@
 // Device code of the backward of selective_scan. Tiles go from the last to the first. The states of a tile are walked
 // again from the kept one in front of it, first for the state before every stretch of kStretch tokens, then, backwards,
-// a stretch at a time, whose states x and decays E stay in registers. With g the gradient that later tokens send back to
-// the state,
+// a stretch at a time, whose states x and decays E stay in registers. With g the gradient that later tokens send back
+// to the state,
 //   lambda = g + gy_t C_t,  dC_t = sum gy_t x_t,  dB_t = sum lambda d_t u_t,  g = E_t lambda,  through = g x_{t-1},
 //   du_t = d_t <lambda, B_t> + skip gy_t,  dd_t = <through, A> + u_t <lambda, B_t>,  dA = sum through d_t,
 // so that g before the first token is the gradient of the initial state. dB and dC are sums over channels: transposed
