@@ -10,7 +10,7 @@ from flowattn.triton_kernels import varlen_attention_configs as configs
 MANY = [Case("many", list(range(0, 500, 7)), heads=4), Case("over-hint", [130, 0, 70], heads=2, interpreted=True)]
 
 
-@pytest.mark.parametrize("longest", (64, 128, 256))
+@pytest.mark.parametrize("longest", (64, 128))
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
 @pytest.mark.parametrize("case", CASES + MANY, ids=lambda case: case.name)
 def test_one_program_a_sequence(case, dtype, longest, monkeypatch, device):
@@ -27,7 +27,7 @@ def test_one_program_a_sequence(case, dtype, longest, monkeypatch, device):
 
 
 def test_few_sequences_are_spread(monkeypatch):
-    arguments = (F16, 64, 200, 131, torch.device("cpu"), False, False)
+    arguments = (F16, 64, 100, 131, torch.device("cpu"), False, False)
     monkeypatch.setattr(configs, "processors", lambda device: 132)
     assert configs.short_config(*arguments) is None
     monkeypatch.setattr(configs, "processors", lambda device: 131)

@@ -75,7 +75,8 @@ def tile(call, step):
     """(CHUNK, BV, num_warps, num_stages) and BK of a pass; columns past the widths are masked."""
     width = padded(step.b.x.shape[3])
     whole = max(step.c.map, step.input.map if step.input else 0) >= EXP_SHIFTED.value
-    return configs.config(call.q.dtype, width, padded(step.c.x.shape[3]), whole), width
+    walks = call.sequences * call.heads
+    return configs.config(call.q.dtype, width, padded(step.c.x.shape[3]), whole, walks, call.q.device), width
 
 
 def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, sides=LEFT):

@@ -1,13 +1,14 @@
 """Tile shapes and schedules of the linear_attention kernels, in one place for tuning.
 
 Each table gives, for bfloat16 or not and a padded key width, the tiles of a kernel; a later sweep replaces entries.
-Float32 operands (float32 and float16 inputs) take twice the shared memory of bfloat16. Chosen by what ptxas reports for
-sm_90, not measured.
+Float32 operands (float32 and float16 inputs) take twice the shared memory of bfloat16. FORWARD and GRADIENTS up to width
+128 in bfloat16 are the best of a sweep on an NVIDIA H100 80GB HBM3, 2026-11-23; the rest is chosen by what ptxas reports
+for sm_90.
 """
 
-import functools
-
 import torch
+
+from .launch import processors
 
 WHOLE = 1.25  # programs a multiprocessor from which on each walks a whole sequence
 PROGRAMS = 2  # programs a multiprocessor that a launch should reach where sequences are cut
@@ -32,8 +33,8 @@ OUTPUTS = {
 # (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages, registers a thread
 # may take or None) of the gradients. With 128, which costs few or no spills, two programs of 8 warps run at a time.
 GRADIENTS = {
-    (True, 64): (2, 64, 32, 8, 2, 128),
-    (True, 256): (2, 64, 64, 8, 2, 128),
+    (True, 64): (1, 64, 64, 4, 1, None),
+    (True, 256): (1, 64, 64, 8, 2, 128),
     (False, 256): (2, 32, 32, 4, 1, None),
 }
 # (half, width): (columns and rows of a program's part of a state, num_warps, num_stages).
@@ -49,11 +50,16 @@ def entry(table, dtype, width):
     return table[min(key for key in table if key[0] == half and key[1] >= width)]
 
 
-def config(dtype, width, value_width, whole_rows):
-    """(CHUNK, BV, num_warps, num_stages) of a pass, for padded widths; whole_rows: all columns in a program."""
+def config(dtype, width, value_width, whole_rows, walks, device):
+    """(CHUNK, BV, num_warps, num_stages) of a pass, for padded widths; whole_rows: all columns in a program.
+
+    `walks` states are carried; where they fill too few processors a program takes 32 columns.
+    """
     chunk, columns, warps, stages = entry(FORWARD, dtype, width)
     if whole_rows:
         columns, warps = value_width, 8 if value_width > 64 else warps
+    elif columns > 32 and walks * value_width < columns * WHOLE * processors(device):
+        columns = 32
     return chunk, min(columns, value_width), warps, stages
 
 
@@ -97,11 +103,6 @@ def scan_config(count, elements, walks, device):
     while block > 32 and walks * elements < block * PROGRAMS * processors(device):
         block //= 2
     return rows, block, 4, 1
-
-
-@functools.cache
-def processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def segment_tokens(device, programs, tokens, chunk):

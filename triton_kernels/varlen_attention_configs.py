@@ -51,9 +51,9 @@ def dkv_config(dtype, width, longest_q, masked, scored):
 
 def short_config(dtype, width, longest, programs, device, masked, scored):
     """(BK, BM, num_warps, num_stages) with one program a sequence and key head; None: not for these."""
-    if dtype == torch.float32 or scored or width > 64 or longest > 256 or programs < processors(device):
+    if dtype == torch.float32 or scored or width > 64 or longest > 128 or programs < processors(device):
         return None
-    return (64, 32, 4, 2) if longest <= 64 else (128, 16, 4, 2) if longest <= 128 else (256, 32, 8, 2)
+    return (64, 32, 4, 2) if longest <= 64 else (128, 16, 4, 2)
 
 
 def dbias_config(dtype, width):

@@ -1,7 +1,7 @@
 // Device code of the backward of selective_scan. Tiles go from the last to the first. The states of a tile are walked
-// again from the kept one in front of it, first for the state before every kStates tokens, then, backwards, a stretch
-// of so many tokens at a time whose states x and decays E stay in registers. With g the gradient that later tokens send
-// back to the state,
+// again from the kept one in front of it, first for the state before every stretch of kStretch tokens, then, backwards,
+// a stretch at a time, whose states x and decays E stay in registers. With g the gradient that later tokens send back
+// to the state,
 //   lambda = g + gy_t C_t,  dC_t = sum gy_t x_t,  dB_t = sum lambda d_t u_t,  g = E_t lambda,  through = g x_{t-1},
 //   du_t = d_t <lambda, B_t> + skip gy_t,  dd_t = <through, A> + u_t <lambda, B_t>,  dA = sum through d_t,
 // so that g before the first token is the gradient of the initial state. dB and dC are sums over channels: transposed
@@ -48,7 +48,8 @@ struct SelectiveBackwardMemory {
   static constexpr int B = 0, C = B + kRows, states = C + kRows,
                        sums = states + (kStretches - 1) * kSelectiveThreads * Z::K,
                        u = sums + kSelectiveWarps * kStretch * kSums, d = u + Z::kTileFloats, gy = d + Z::kTileFloats,
-                       z = gy + Z::kTileFloats, slots = z + Z::kTileFloats, kFloats = slots + kTile;
+                       z = gy + Z::kTileFloats, slots = z + Z::kTileFloats, bias = slots + kTile,
+                       kFloats = bias + Z::kChannels;
 };
 
 template <class S, class Z>
@@ -91,12 +92,32 @@ __global__ void __launch_bounds__(kSelectiveThreads)
     return decays;
   };
 
+  // dB and dC of a stretch, summed over the warps, to this block's part: thread by thread along what is contiguous.
+  const bool by_time = args.parts.time < args.parts.state;
+  const int64_t part =
+      run.block * args.part + run.row * args.parts.row + run.group * args.parts.group + run.origin * args.parts.time;
+  const auto store_sums = [&](int position) {
+#pragma unroll
+    for (int e = 0; e < kStretch * At::kSums; e += kSelectiveThreads) {
+      const int mine = e + threadIdx.x;
+      const int i = by_time ? mine % kStretch : mine / At::kSums, number = by_time ? mine / kStretch : mine % At::kSums;
+      const int n = number % Z::kStates;
+      if (mine >= kStretch * At::kSums || position + i >= run.count || n >= args.states) continue;
+      const float* sums = shared + At::sums + i * At::kSums + number;
+      float sum = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < kSelectiveWarps; ++warp) sum += sums[warp * kStretch * At::kSums];
+      float* to = (number < Z::kStates ? args.dB_parts : args.dC_parts) + part;
+      to[int64_t{run.step} * (position + i) * args.parts.time + n * args.parts.state] = sum;
+    }
+  };
+
   int tile = (run.tiles() - 1) * kTile;
   if (run.count) start_tile(tile);
+  stage_bias(shared + At::bias, args, run);
+  __syncthreads();
   for (; tile >= 0; tile -= kTile) {
-    map.each(args.u, run, tile, [&](int i, int t, int c, int64_t, bool exists) {
-      const int at = t * Z::kPitch + c;
-      const float bias = exists && args.bias ? args.bias[run.channel + c] : 0.0f;
+    map.each(run, tile, [&](int i, int at, int c, bool exists) {
       float gy = to_float(dout.raw[i]);
       if (gated) {  // gy = dout silu(z), and dz = y z'
         const float gate = to_float(z.raw[i]), open = sigmoid(gate);
@@ -105,7 +126,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
       }
       shared[At::gy + at] = gy;
       shared[At::u + at] = to_float(u.raw[i]);
-      shared[At::d + at] = exists ? step_size(to_float(delta.raw[i]) + bias, args.softplus) : 0.0f;
+      shared[At::d + at] = exists ? step_size(to_float(delta.raw[i]) + shared[At::bias + c], args.softplus) : 0.0f;
     });
     B.commit(shared + At::B, args.B, run, args.states, tile);
     C.commit(shared + At::C, args.C, run, args.states, tile);
@@ -208,21 +229,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
         walk_back(first, std::false_type{});
       }
       __syncthreads();
-      // Over the warps, to this block's part.
-      const bool by_time = args.parts.time < args.parts.state;
-      const int64_t part = run.block * args.part + run.row * args.parts.row + run.group * args.parts.group;
-      for (int e = threadIdx.x; e < kStretch * At::kSums; e += kSelectiveThreads) {
-        const int i = by_time ? e % kStretch : e / At::kSums, number = by_time ? e / kStretch : e % At::kSums;
-        const int n = number % Z::kStates;
-        if (first + i >= count || n >= args.states) continue;
-        float sum = 0.0f;
-#pragma unroll
-        for (int warp = 0; warp < kSelectiveWarps; ++warp) {
-          sum += shared[At::sums + (warp * kStretch + i) * At::kSums + number];
-        }
-        float* to = number < Z::kStates ? args.dB_parts : args.dC_parts;
-        to[part + run.token(tile + first + i) * args.parts.time + n * args.parts.state] = sum;
-      }
+      store_sums(tile + first);
       __syncthreads();
     }
     store_tile<S>(shared + At::u, args.du, run, tile);

@@ -10,6 +10,7 @@ from flowattn.reference.selective_scan import selective_scan as reference
 
 _OP = "selective_scan"
 _MAX_STATES = 256
+_WIDE_SHARED = 128 << 10  # bytes that the CUDA backward takes, at most, for more than 64 states
 # Tokens between the states that the forward keeps for the backward: N / CHUNK float32 numbers for each element of u.
 CHUNK = 64
 CUDA_CHUNK = 32  # a tile of the CUDA kernels
@@ -245,9 +246,15 @@ def _refuse_cpu(u, *rest):
     return _native.refuse_cpu(u)
 
 
-def _refuse_cuda(u, *rest):
+def _refuse_cuda(u, delta, A, *rest):
     reason = _native.refuse_cuda(u)
-    return "takes no float64" if reason is None and u.dtype == torch.float64 else reason
+    if reason is None and u.dtype == torch.float64:
+        return "takes no float64"
+    if reason is None and A.shape[1] > 64:
+        shared = torch.cuda.get_device_properties(u.device).shared_memory_per_block_optin
+        if shared < _WIDE_SHARED:
+            return f"more than 64 states take {_WIDE_SHARED} bytes of shared memory a block; this GPU has {shared}"
+    return reason
 
 
 def _refuse_triton(u, *rest):
