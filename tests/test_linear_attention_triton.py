@@ -26,7 +26,7 @@ def schedule(request, monkeypatch):
     monkeypatch.setattr(configs, "outputs_config", lambda *rest: rows if request.param == "rows" else None)
     cut = request.param == "segments"
     if not GPU:
-        tiles = {"config": lambda width, values, whole: (16, values if whole else 16, 4, 1)}
+        tiles = {"config": lambda width, values, whole, *rest: (16, values if whole else 16, 4, 1)}
         tiles["gradients_config"] = lambda width, values, whole, single: (
             (1 if single else 2, 16, width if whole else 16, 16, 4, 1), None
         )  # fmt: skip
