@@ -1,6 +1,8 @@
 """Backend tables: forcing, explaining, falling back, and what `import flowattn` costs."""
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 import warnings
@@ -177,3 +179,16 @@ print(*sorted({name.split(".")[0] for name in set(sys.modules) - before} - sys.s
 """
     result = python(code)
     assert set(result.stdout.split()) <= {"flowattn", "torch"}, result
+
+
+def test_kernels_leave_the_names_of_tritons_binder_alone():
+    """Triton generates a function that binds the arguments; one of its own names among them breaks it."""
+    from flowattn import triton_kernels
+    from flowattn.triton_kernels.launch import Launcher
+
+    names = [module.name for module in pkgutil.iter_modules(triton_kernels.__path__)]
+    modules = [importlib.import_module(f"flowattn.triton_kernels.{name}") for name in names]
+    launchers = {x for module in modules for x in vars(module).values() if isinstance(x, Launcher)}
+    assert len(launchers) > 30
+    for launcher in launchers:
+        assert not {"params", "specialization", "options"} & set(launcher.kernel.arg_names), launcher.kernel

@@ -84,29 +84,29 @@ def _place(total, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _split(
-    params, row, tokens, stride, cols, live, soft_clip, STRIDE: tl.constexpr, FLAT: tl.constexpr,
+    raw, row, tokens, stride, cols, live, soft_clip, STRIDE: tl.constexpr, FLAT: tl.constexpr,
     D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
 ):  # fmt: skip
     """(log sigma, mu); without scales sigma is 1."""
     if SCALES:
-        alpha = clipped(_read(params, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
+        alpha = clipped(_read(raw, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
         log_scale = log_scale_of(alpha, SOFTPLUS)
-        mu = clipped(_read(params + D, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
+        mu = clipped(_read(raw + D, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
     else:
-        mu = clipped(_read(params, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
+        mu = clipped(_read(raw, row, tokens, stride, cols, live, STRIDE, FLAT), soft_clip, CLIPS)
         log_scale = tl.zeros_like(mu)
     return tl.where(live, log_scale, 0.0), mu
 
 
 @triton.jit(do_not_specialize=("total", "tokens", "soft_clip"))
 def flow_affine_fwd_kernel(
-    x, params, z, logdet, total, tokens, soft_clip, x_stride, p_stride,
+    x, raw, z, logdet, total, tokens, soft_clip, x_stride, p_stride,
     X_ROW: tl.constexpr, P_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr,
     SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     row, cols, live = _place(total, D, BT, BD)
     log_scale, mu = _split(
-        params, row, tokens, p_stride, cols, live, soft_clip, P_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
+        raw, row, tokens, p_stride, cols, live, soft_clip, P_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
     )  # fmt: skip
     y = (_read(x, row, tokens, x_stride, cols, live, X_ROW, FLAT) - mu) * tl.exp(-log_scale)
     to = row.to(tl.int64)[:, None] * D + cols[None, :]
@@ -116,7 +116,7 @@ def flow_affine_fwd_kernel(
 
 @triton.jit(do_not_specialize=("total", "tokens", "soft_clip"))
 def flow_affine_bwd_kernel(
-    dz, z, params, dlogdet, dx, dparams, total, tokens, soft_clip, g_stride, z_stride, p_stride,
+    dz, z, raw, dlogdet, dx, dparams, total, tokens, soft_clip, g_stride, z_stride, p_stride,
     G_ROW: tl.constexpr, Z_ROW: tl.constexpr, P_ROW: tl.constexpr, FLAT: tl.constexpr, D: tl.constexpr,
     SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def flow_affine_bwd_kernel(
     row, cols, live = _place(total, D, BT, BD)
     to, down = row.to(tl.int64)[:, None], _read(dz, row, tokens, g_stride, cols, live, G_ROW, FLAT)
     if SCALES:
-        alpha = clipped(_read(params, row, tokens, p_stride, cols, live, P_ROW, FLAT), soft_clip, CLIPS)
+        alpha = clipped(_read(raw, row, tokens, p_stride, cols, live, P_ROW, FLAT), soft_clip, CLIPS)
         log_scale = log_scale_of(alpha, SOFTPLUS)
         ds = -down * _read(z, row, tokens, z_stride, cols, live, Z_ROW, FLAT)
         if dlogdet is not None:
@@ -140,7 +140,7 @@ def flow_affine_bwd_kernel(
     tl.store(dx + to * D + cols[None, :], down.to(dx.dtype.element_ty), mask=live)
     dmu = -down
     if CLIPS:
-        mu = clipped(_read(params + MEANS, row, tokens, p_stride, cols, live, P_ROW, FLAT), soft_clip, CLIPS)
+        mu = clipped(_read(raw + MEANS, row, tokens, p_stride, cols, live, P_ROW, FLAT), soft_clip, CLIPS)
         dmu *= 1.0 - (mu / soft_clip) * (mu / soft_clip)
     tl.store(dparams + to * (MEANS + D) + MEANS + cols[None, :], dmu.to(dparams.dtype.element_ty), mask=live)
 
@@ -154,7 +154,7 @@ def _largest(x, live):
 
 @triton.jit(do_not_specialize=("total", "tokens", "soft_clip"))
 def flow_affine_inv_kernel(
-    z, params, other, previous, guidance, x, statistics, total, tokens, soft_clip,
+    z, raw, other, previous, guidance, x, statistics, total, tokens, soft_clip,
     z_stride, p_stride, o_stride, u_stride, w_stride, w_token_stride,
     Z_ROW: tl.constexpr, P_ROW: tl.constexpr, O_ROW: tl.constexpr, U_ROW: tl.constexpr, FLAT: tl.constexpr,
     D: tl.constexpr, SCALES: tl.constexpr, SOFTPLUS: tl.constexpr, CLIPS: tl.constexpr,
@@ -163,7 +163,7 @@ def flow_affine_inv_kernel(
     row, cols, live = _place(total, D, BT, BD)
     exists = row < total
     log_scale, mu = _split(
-        params, row, tokens, p_stride, cols, live, soft_clip, P_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
+        raw, row, tokens, p_stride, cols, live, soft_clip, P_ROW, FLAT, D, SCALES, SOFTPLUS, CLIPS
     )  # fmt: skip
     if other is not None:
         log_u, mu_u = _split(

@@ -233,18 +233,23 @@ def guidance_of(name, guidance, z):
 def _wide(*tensors):
     """The working type for all: the CPU kernels take float32 and float64, so half types are widened first."""
     work = checks.state_dtype(tensors[0])
-    return [None if t is None else t.to(work) for t in tensors]
+    return [None if t is None else _as(t, work) for t in tensors]
+
+
+def _as(tensor, dtype):
+    """Without a no-op: torch.compile of torch 2.11 lost the gradient of an output that had passed through one."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _native_forward(x, params, scale, soft_clip):
     z, tokens = _fwd(*_wide(x, params), scale == "softplus", soft_clip)
-    return z.to(x.dtype), tokens
+    return _as(z, x.dtype), tokens
 
 
 def _native_backward(dz, dtokens, z, params, scale, soft_clip):
     wide_z, wide_dz, wide_dtokens, wide_params = _wide(z, dz, dtokens, params)
     dx, dparams = _bwd(wide_dz, wide_dtokens, wide_z, wide_params, scale == "softplus", soft_clip)
-    return dx.to(z.dtype), dparams.to(params.dtype)
+    return _as(dx, z.dtype), _as(dparams, params.dtype)
 
 
 def _native_inverse(z, params, params_uncond, guidance, previous, rule, what, scale, soft_clip):
