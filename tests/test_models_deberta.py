@@ -147,6 +147,8 @@ def test_attention_dropout_in_training(name, monkeypatch):
 @pytest.mark.parametrize("name", ("v1", "v3"))
 def test_attention_in_triton(name, device, monkeypatch):
     """Output and gradients through the GPU's attention kernels, on a CPU in the interpreter."""
+    if name == "v1" and device == "cpu":
+        pytest.skip("slow in the interpreter, which v3 goes through")
 
     def in_triton(*args, **options):
         with fa.use_backend("triton"):

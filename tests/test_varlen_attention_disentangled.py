@@ -119,7 +119,7 @@ def test_terms_alone(backend, place, dtype, lut, terms):
 @pytest.mark.parametrize("lengths", [[1], [31, 32, 33], [63, 64, 65], [255, 256, 257], [1] * 40], ids=str)
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_tile_edges(backend, place, lengths):
-    if interpreted(backend) and (max(lengths) > 65 or len(lengths) > 9):
+    if interpreted(backend) and (max(lengths) > 33 or len(lengths) > 9):
         pytest.skip("too slow in the interpreter")
     case = Case("", lengths, heads=2, d=8)
     x, bias = make(case, F32, place), make_bias(case, "scattered", device=place)
@@ -141,7 +141,7 @@ WIDTHS = [(8, 8), (40, 24), (64, 64), (80, 96), (128, 128), (192, 256), (256, 25
 @pytest.mark.parametrize("d, dv", WIDTHS, ids=str)
 @pytest.mark.parametrize("backend, dtype", kernels([F32, F16]), indirect=["backend"])
 def test_head_widths(backend, place, dtype, d, dv):
-    if interpreted(backend) and d not in (8, 40):
+    if interpreted(backend) and (d != 40 or dtype == F32):
         pytest.skip("the code of the others is the same, and slow in the interpreter")
     case = Case("", [1, 17, 36], heads=2, heads_kv=2, d=d, dv=dv)
     x, bias = make(case, dtype, place), make_bias(case, "scattered", dtype=dtype, device=place)
@@ -218,6 +218,8 @@ def test_only_what_requires_grad(backend, place):
 def test_table_dtypes_and_strides(backend, place):
     """float32 tables beside 16-bit rows keep their dtype; any strides and alignments, and views of one projection in
     the place of q, k and v, give the same bits."""
+    if interpreted(backend):
+        pytest.skip("many passes are slow in the interpreter")
     dtype = BF16 if backend == "cpu" or GPU else F16
     case = fitting(backend, SMALL, TINY._replace(heads_kv=2))
     x, bias = make(case, dtype, place), make_bias(case, "scattered", device=place)
