@@ -211,7 +211,7 @@ def _launch(launcher, inputs, others, params, soft_clip, softplus, weights=(), g
     runtime = (*(s[0] for s in strides), *weights)
     constants = (*(s[1] for s in strides), flat, features, params.shape[2] == 2 * features, softplus, soft_clip > 0)
     tensors = (*inputs, *others)
-    key = (runtime, alignments(*tensors), tuple(None if t is None else t.dtype for t in tensors))
+    key = (runtime, alignments(*tensors))
     columns = triton.next_power_of_2(features)
     block = max(ELEMENTS // columns, 1)
     programs = triton.cdiv(batch * tokens, block)

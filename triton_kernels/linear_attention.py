@@ -18,7 +18,6 @@ from .linear_attention_carry import (
     State,
     carry,
     ceil_div,
-    dtypes,
     padded,
 )
 from .linear_attention_device import (
@@ -104,7 +103,7 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
     if programs:
         _pass_kernel(
             programs,
-            (dtypes(pointers), strides, alignments(*pointers)),
+            (strides, alignments(*pointers)),
             (*pointers, *call.where(length, segment), *strides, step.scale, step.eps, step.value_scale),
             constants,
             config,
@@ -136,7 +135,7 @@ def _outputs(call, step, left, config):
     if programs:
         _outputs_kernel(
             programs,
-            (dtypes(pointers), strides, alignments(*pointers)),
+            (strides, alignments(*pointers)),
             (*pointers, *call.where(length, chunk), *strides, step.scale, step.eps),
             (
                 call.heads, key.group, width, value_width, padded(width), query.map, key.map, call.step, call.steady,
@@ -259,7 +258,7 @@ def _gradients(call, left, right, results, fresh):
     if programs:
         _gradients_kernel(
             programs,
-            (dtypes(pointers), strides, alignments(*pointers)),
+            (strides, alignments(*pointers)),
             (*pointers, *call.where(length, chunk), *strides, call.scale),
             (
                 call.heads, key.group, width, value_width, query.map, key.map, fresh, call.step, call.steady,

@@ -91,10 +91,6 @@ class Call:
         return self.sequences, length, count, (self.sequences + 1).bit_length()
 
 
-def dtypes(pointers):
-    return tuple(None if x is None else x.dtype for x in pointers)
-
-
 @functools.cache
 def padded(width):
     return max(NARROWEST, triton.next_power_of_2(width))
@@ -126,7 +122,7 @@ def walk_states(
     if programs:
         _states_kernel(
             programs,
-            (dtypes(pointers), strides, alignments(*pointers)),
+            (strides, alignments(*pointers)),
             (*pointers, *call.where(length, segment), *strides, call.scale),
             (
                 call.heads, left.b.group if left else 1, width, value_width, right.b.map if right else IDENTITY.value,
@@ -152,7 +148,7 @@ def scan(call, sides, segment, length, config, local, before, log_decay):
     if programs:
         _scan_kernel(
             programs,
-            (dtypes(pointers), alignments(*pointers)),
+            alignments(*pointers),
             (*pointers, *call.where(length, segment)[:3]),
             (call.heads, width * value_width, width, segment, *used),
             config,
