@@ -46,9 +46,9 @@ def cases(device, quick):
 
 
 def make_case(batch, height, width, heads, head_width, axis, packed, dtype, device):
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(batch, height, width, 3, heads, head_width, generator=generator).to(device, dtype)
-    grad_output = torch.randn(batch, height, width, heads, head_width, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(batch, height, width, 3, heads, head_width, generator=generator, device=device).to(dtype)
+    grad_output = torch.randn(batch, height, width, heads, head_width, generator=generator, device=device).to(dtype)
     inputs = (qkv,) if packed else tuple(x.contiguous() for x in qkv.unbind(3))
     truth, plain = (einsum_results(inputs, grad_output, axis, work) for work in (torch.float64, dtype))
     tensor_bytes, flops = grad_output.numel() * grad_output.element_size(), 4 * grad_output.numel() * qkv.shape[axis]

@@ -63,7 +63,7 @@ def make_case(kind, rows, width, dtype, device):
     inputs = (x, bias, residual, weight, ln_bias) if kind.startswith("norm") else (x, bias)
     grad_output = torch.randn(shape, generator=generator).to(device, dtype)
     truth, plain = (evaluate(call, inputs, grad_output, work) for work in (torch.float64, dtype))
-    tensors = {"fwd": len(inputs) // 2 + 1, "bwd": 3}  # x, residual, y; x (or z), dy, dx
+    tensors = {"fwd": len(inputs) // 2 + 1, "bwd": len(inputs) // 2 + 2}  # inputs and y; inputs, dy and dx
     row_bytes = width * dtype.itemsize
     return Case(
         name=f"{kind} T{rows} d{width}",

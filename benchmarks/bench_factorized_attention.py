@@ -20,10 +20,10 @@ def cases(device, quick):
 
 
 def make_case(batch, grid, heads, width, dtype, device):
-    generator = torch.Generator().manual_seed(0)
-    v = torch.randn(batch, *grid, heads, width, generator=generator).to(device, dtype)
-    kernels = [torch.randn(batch, heads, n, n, generator=generator).to(device) / n**0.5 for n in grid]
-    grad_output = torch.randn(batch, *grid, heads, width * len(grid), generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    v = torch.randn(batch, *grid, heads, width, generator=generator, device=device).to(dtype)
+    kernels = [torch.randn(batch, heads, n, n, generator=generator, device=device) / n**0.5 for n in grid]
+    grad_output = torch.randn(batch, *grid, heads, width * len(grid), generator=generator, device=device).to(dtype)
     inputs = (v, *kernels)
     truth, plain = (results(inputs, grad_output, work) for work in (torch.float64, dtype))
     size = v.numel() * v.element_size()

@@ -47,12 +47,12 @@ def cases(device, quick):
 
 
 def make_case(shape, device, dtype):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     size = (shape.batch, shape.tokens, shape.heads, shape.width)
-    q, k, v, grad_output = torch.randn(4, *size, generator=generator).to(device, dtype)
+    q, k, v, grad_output = torch.randn(4, *size, generator=generator, device=device).to(dtype)
     inputs = (q, k, v)
     if shape.kind == "hybrid":
-        inputs += (torch.randn(size[:3], generator=generator).to(device, dtype),)
+        inputs += (torch.randn(size[:3], generator=generator, device=device).to(dtype),)
     tensor, matrix = q.numel() * q.element_size(), 2 * q.numel() * shape.width
     flops = 2 * matrix + 2 * shape.chunk * 2 * q.numel()
     images = f"{shape.tokens // shape.chunk}x{shape.chunk}" if shape.chunk else f"T{shape.tokens}"

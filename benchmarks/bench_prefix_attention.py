@@ -32,9 +32,9 @@ def cases(device, quick):
 
 
 def make_case(batch, length, heads, width, dtype, device):
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(batch, length, heads, generator=generator).to(device)
-    values, grad_output = torch.randn(2, batch, length, heads, width, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    scores = torch.randn(batch, length, heads, generator=generator, device=device)
+    values, grad_output = torch.randn(2, batch, length, heads, width, generator=generator, device=device).to(dtype)
     wide, narrow = values.numel() * values.element_size(), scores.numel() * scores.element_size()
     return Case(
         name=f"B{batch} T{length} H{heads} D{width}",

@@ -17,6 +17,7 @@ from benchmarks import timing
 
 # Largest error against the truth, as a multiple of plain torch's in the same dtype. A gradient is rounded more often.
 ERROR_FACTOR = {"fwd": 2.0, "bwd": 3.0}
+SECONDS = 0.2  # samples of one clock are taken for this long
 
 
 class Unsupported(Exception):
@@ -96,29 +97,32 @@ def worst_error(case, bound, direction):
     return None
 
 
-def measure(case, bound, direction, device, quick=False):
+def measure(case, bound, direction, device, quick=False, seconds=SECONDS):
     """The clocks and the memory of one provider in one direction, as the fields of a record."""
-    budget = 0.01 if quick else 0.2
+    budget = 0.01 if quick else seconds
     calls = [make_call(case, bound, direction)]
     bytes_per_call = case.resident + sum(x.numel() * x.element_size() for x in case.inputs)
     for _ in range(2):  # compilers and autotuners finish, the allocator gets its blocks
-        calls[0]()
+        once = timing.once(calls[0], device)
     fields = {"peak_mem_bytes": timing.peak_memory(calls[0], device)}
-    count = 2 if quick else timing.copies(bytes_per_call, device)
+    alone = device.type == "cuda" and once > timing.LONG_MS
+    count = 2 if quick else 1 if alone else timing.copies(bytes_per_call, device)
     calls += [make_call(case, bound, direction) for _ in range(count - 1)]
     wall = timing.wall_times(calls, device, budget)
     fields |= dict(zip(("wall_ms", "wall_p20", "wall_p80"), wall))
     graph, why = (None, None, None), None
-    if device.type == "cuda":
+    if once > timing.SLOW_MS:
+        why = f"no graph time, a call takes {once * 1e-3:.1f} s"
+    elif device.type == "cuda":
         try:
-            graph = timing.graph_times(calls, budget)
+            graph = timing.graph_times(calls, budget, 1 if alone else timing.GRAPH_CALLS)
         except Exception as error:  # whatever a peer raises, it keeps its wall time
             why = f"no graph time, capture failed: {_first_line(error)}"
             torch.cuda.synchronize()
     return fields | dict(zip(("ms", "ms_p20", "ms_p80"), graph)), why
 
 
-def run(module, device, *, environment, floors, quick=False, say=print):
+def run(module, device, *, environment, floors, quick=False, seconds=SECONDS, say=print):
     """Measure every case of a bench module; yield the records, one for each provider and direction, as they come."""
     with timing.own_stream(device):
         for case in module.cases(device, quick):
@@ -127,7 +131,7 @@ def run(module, device, *, environment, floors, quick=False, say=print):
                 bound = _bind(name, build, case, say)
                 for direction in case.bytes if bound else ():
                     line = _record(module, case, direction, name, environment, floors)
-                    line |= _attempt(case, bound, direction, device, quick, line["floor_ms"])
+                    line |= _attempt(case, bound, direction, device, quick, seconds, line["floor_ms"])
                     say(_describe(line))
                     _free(device)
                     yield line
@@ -143,13 +147,13 @@ def _bind(name, build, case, say):
     return None
 
 
-def _attempt(case, bound, direction, device, quick, floor):
+def _attempt(case, bound, direction, device, quick, seconds, floor):
     """Status, note, clocks: a provider that fails or is wrong is reported and not timed."""
     try:
         wrong = None if bound.unlike else worst_error(case, bound, direction)
         if wrong:
             return {"status": "wrong", "note": wrong}
-        fields, note = measure(case, bound, direction, device, quick)
+        fields, note = measure(case, bound, direction, device, quick, seconds)
     except Exception as error:  # one broken peer must not end the run of the others
         return {"status": "failed", "note": f"{type(error).__name__}: {_first_line(error)}"}
     best = fields["wall_ms"] if fields["ms"] is None else fields["ms"]

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 GRAPH_CALLS = 16  # fewest calls in one graph: they share the few microseconds that starting a graph takes
+LONG_MS = 10.0  # calls longer than this stand alone: they share nothing, and leave the caches cold themselves
+SLOW_MS = 1000.0  # calls longer than this are timed once, and not captured
 MAX_COPIES = 256  # inputs below about 0.5 MB stay partly in a 50 MB cache
 CPU_COLD_BYTES = 64 << 20  # a core's share of any last-level cache, many times over
 
@@ -58,13 +60,13 @@ def copies(bytes_per_call, device):
     return min(MAX_COPIES, 1 + math.ceil(cold / max(bytes_per_call, 1)))
 
 
-def graph_times(calls, budget):
-    """Capture `calls` in one CUDA graph, replay it for `budget` seconds; times of one call.
+def graph_times(calls, budget, least=GRAPH_CALLS):
+    """Capture at least `least` calls, `calls` in turn, in one CUDA graph, replay it for `budget` seconds; times of one.
 
     The current stream must be that of own_stream. Every result stays alive during the capture, so no call writes to
     memory that the one before it left in the cache.
     """
-    calls = calls * math.ceil(GRAPH_CALLS / len(calls))
+    calls = calls * math.ceil(least / len(calls))
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
@@ -82,25 +84,36 @@ def graph_times(calls, budget):
     return summarise(_repeat(replay, budget))
 
 
+def once(call, device):
+    """Milliseconds of one call by the host clock."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
 def wall_times(calls, device, budget):
     """Host clock: around a walk over all `calls`, synchronised at both ends, on a GPU; around each in turn on a CPU."""
     groups = itertools.cycle([calls] if device.type == "cuda" else [[call] for call in calls])
 
     def walk():
         group = next(groups)
-        synchronize(device)
-        start = time.perf_counter()
-        for call in group:
-            call()
-        synchronize(device)
-        return (time.perf_counter() - start) * 1e3 / len(group)
+
+        def all_of_it():
+            for call in group:
+                call()
+
+        return once(all_of_it, device) / len(group)
 
     return summarise(_repeat(walk, budget))
 
 
 def _repeat(sample, budget, fewest=3, most=200):
-    """Samples taken for `budget` seconds after one that is thrown away."""
-    sample()
+    """Samples taken for `budget` seconds after one that is thrown away, unless it is slow."""
+    first = sample()
+    if first > SLOW_MS:
+        return [first]
     samples, end = [], time.perf_counter() + budget
     while len(samples) < fewest or (time.perf_counter() < end and len(samples) < most):
         samples.append(sample())

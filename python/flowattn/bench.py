@@ -38,8 +38,8 @@ def ops():
     return sorted(path.stem.removeprefix("bench_") for path in (find_checkout() / "benchmarks").glob("bench_*.py"))
 
 
-def measure(names, device, quick):
-    """Run the benchmarks of `names`; yield their records, which share one date and one pair of floors, as they come."""
+def measure(names, device, quick, seconds=None):
+    """Run the benchmarks of `names`, each clock for `seconds`; yield their records, which share date and floors."""
     harness, timing, records = load("harness"), load("timing"), load("records")
     environment = records.environment(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -47,7 +47,8 @@ def measure(names, device, quick):
     rates = f"copy {floors['copy'] * 1e-9:.4g} GB/s, matmul {floors['matmul'] * 1e-12:.4g} TFLOP/s"
     print(f"{environment['device']}: {rates}")
     for name in names:
-        yield from harness.run(load(f"bench_{name}"), device, environment=environment, floors=floors, quick=quick)
+        options = {"environment": environment, "floors": floors, "quick": quick}
+        yield from harness.run(load(f"bench_{name}"), device, **options, seconds=seconds or harness.SECONDS)
 
 
 def readme(path, check):
@@ -74,6 +75,7 @@ def main(arguments=None):
         ("--check", "exit 1 if the tables of README.md are not those of the recorded results; measures nothing"),
     ):
         parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument("--seconds", type=float, help="how long each clock takes samples; 0.2 by default")
     options = parser.parse_args(arguments)
     names = options.op or ops()
     for name in names:
@@ -82,7 +84,7 @@ def main(arguments=None):
     records = load("records")
     if not (options.plot or options.readme or options.check):
         broken = False
-        for line in measure(names, torch.device(options.device), options.quick):
+        for line in measure(names, torch.device(options.device), options.quick, options.seconds):
             broken |= line["ours"] and line["status"] != "ok"
             if not options.quick:
                 records.write([line])  # at once, so that an interrupted run keeps what it measured
