@@ -38,7 +38,7 @@ demo: $(call ready,demo)  ## set up, then run the demo: a table, and pictures un
 
 test: lint $(if $(NVCC),cuda-check)  ## set up, then lint, cuda-check (where nvcc is) and the whole test suite
 	$(RUN) -m flowattn.info
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
 
 test-gpu: $(call ready,test)  ## the test suite on an NVIDIA GPU
 	$(RUN) -m flowattn.info

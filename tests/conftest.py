@@ -8,6 +8,10 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if PROCESSES > 1:  # they share the cores; threads that wait by spinning would stop each other
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // PROCESSES))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 import flowattn as fa  # noqa: E402
 from flowattn import _native  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .flow_attention_configs import SLICES, hybrid_config
+from .flow_attention_configs import SLICES, hybrid_config, hybrid_forward
 from .flow_features import (
     dot_state,
     launch_key,
@@ -81,11 +81,14 @@ def chunk_hybrid_attention_scan_kernel(
     state = tl.zeros([ROWS, BM], tl.float32)
     if initial is not None:
         state = load_state(initial + index * D * M, rows, cols_v, D, M)
-    for step in range(0, images):
-        at = index * images + (images - 1 - step if REVERSE else step)
-        own = load_state(states + at * D * M, rows, cols_v, D, M)
+    begin, step = index * images + (images - 1 if REVERSE else 0), -1 if REVERSE else 1
+    own = load_state(states + begin * D * M, tl.where(images > 0, rows, D), cols_v, D, M)
+    for done in range(0, images):
+        at = begin + step * done
+        following = load_state(states + (at + step * (done < images - 1)) * D * M, rows, cols_v, D, M)
         store_state(states + at * D * M, rows, cols_v, state, D, M)
         state = state * tl.load(kept_of + at) + own
+        own = following
     if final is not None:
         store_state(final + index * D * M, rows, cols_v, state, D, M)
 
@@ -95,33 +98,36 @@ def chunk_hybrid_attention_fwd_kernel(
     q, k, v, o, lse, states, decays, length, chunk, scale,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    PRECISION: tl.constexpr, TILE: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
+    """WHOLE: the chunk is a multiple of KEYS."""
     tiles = tl.cdiv(chunk, TILE)
     index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     images = length // chunk
     head, first = index // images, index % images * chunk
     b, h = head // HEADS, head % HEADS
     head, index = tl.cast(head, tl.int64), tl.cast(index, tl.int64)
-    cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, TILE)
-    rows = tile * TILE + offs
+    cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, KEYS)
+    rows = tile * TILE + tl.arange(0, TILE)
     inside = rows < chunk
     dtype = q.dtype.element_ty
     queries = load_tile(_head(q, stride_qb, stride_qt, stride_qh, b, h, first), stride_qt, rows, cols, inside, D)
     k_base = _head(k, stride_kb, stride_kt, stride_kh, b, h // GROUP, first)
     v_base = _head(v, stride_vb, stride_vt, stride_vh, b, h // GROUP, first)
+    unit = scale * 1.4426950408889634  # exponents of 2; `top` is the largest product before the scale
     top = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BM], tl.float32)
-    for begin in range(0, chunk, TILE):
+    for begin in range(0, chunk, KEYS):
         keys_at = begin + offs
         here = keys_at < chunk
         keys = load_tile(k_base, stride_kt, keys_at, cols, here, D)
-        score = tl.dot(queries.to(dtype), tl.trans(keys.to(dtype)), input_precision=PRECISION) * scale
-        score = tl.where(here[None, :], score, float("-inf"))
+        score = tl.dot(queries.to(dtype), tl.trans(keys.to(dtype)), input_precision=PRECISION)
+        if not WHOLE:
+            score = tl.where(here[None, :], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp(score - new_top[:, None])
-        shrink = tl.exp(top - new_top)
+        p = tl.exp2(score * unit - (new_top * unit)[:, None])
+        shrink = tl.exp2((top - new_top) * unit)
         total = total * shrink + tl.sum(p, 1)
         values = load_tile(v_base, stride_vt, keys_at, cols_v, here, M)
         acc = tl.dot(p.to(dtype), values.to(dtype), acc * shrink[:, None], input_precision=PRECISION)
@@ -132,7 +138,7 @@ def chunk_hybrid_attention_fwd_kernel(
     acc += dot_state(narrow(queries, q), state, q, PRECISION) * decay[:, None]
     o += ((tl.cast(b, tl.int64) * length + first) * HEADS + h) * M
     store_tile(o, HEADS * M, rows, cols_v, inside, acc, M)
-    tl.store(lse + head * length + first + rows, top + tl.log(total), mask=inside)
+    tl.store(lse + head * length + first + rows, top * scale + tl.log(total), mask=inside)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -344,10 +350,11 @@ def chunk_hybrid_attention_fwd(q, k, v, gate, state, chunk):
     if call.programs:
         states, decays, _ = call.walk(k, v, gate, state, final)
     if call.tiles:
-        strides = strides_of(q, k, v)
+        strides, (rows, keys, *rest) = strides_of(q, k, v), hybrid_forward(q.dtype, call.constants[4:6], chunk)
         _fwd(
-            call.tiles, launch_key(strides, q, k, v),
-            (q, k, v, o, lse, states, decays, *call.sizes, call.scale, *strides), call.constants, call.config,
+            call.programs * call.images * triton.cdiv(chunk, rows), launch_key(strides, q, k, v),
+            (q, k, v, o, lse, states, decays, *call.sizes, call.scale, *strides),
+            (*call.constants, chunk % keys == 0), (rows, keys, *rest),
         )  # fmt: skip
     return o, lse, final
 

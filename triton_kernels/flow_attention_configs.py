@@ -17,6 +17,7 @@ CAUSAL_PROGRAMS = 528  # a program first adds up the sums of all segments before
 SHORTEST_PART = 256  # tokens
 LONGEST_PART = 16384  # tokens: bounds the additions in one float32 accumulator
 SLICES = 8  # programs that add the partial states of one head
+HYBRID = (128, 64, 8, 2)
 SCAN_EACH, SCAN = 256, (16, 4, 1)  # numbers of a state a program of the scan takes, segments at a time
 
 # (num_warps, num_stages) of tiles of 64 tokens, by direction and phase; 4 and 1 where not named.
@@ -47,6 +48,14 @@ def causal_config(dtype, blocks, direction, stage):
 
 def hybrid_config(dtype, blocks):
     return (_tile(dtype, blocks), 4, 2)
+
+
+def hybrid_forward(dtype, blocks, chunk):
+    """(queries, keys, num_warps, num_stages) of the forward of chunk_hybrid_attention."""
+    tile = _tile(dtype, blocks)
+    if tile == 64 and dtype != torch.float32 and chunk >= 128:
+        return HYBRID
+    return (tile, tile, 4, 2)
 
 
 def _pieces(programs, heads, tokens):
