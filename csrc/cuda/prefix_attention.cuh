@@ -18,7 +18,7 @@ struct PrefixAttentionArgs {
   ScanSequences sequences;
   ScanLookBack look_back;
   bool float_scores;
-  ScanTensor scores, values, mask, out, m, u;
+  ScanTensor scores, values, mask, out, m, u, lse;
   ScanState m0, u0, w0, m_final, u_final, w_final;
 
   // Backward; u_final is an input of it. With several column blocks dscores and du0 are sums of theirs, which a second
@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   __shared__ Sums warp_sums[kScanWarps];
   __shared__ float means[kScanColumns];  // before the tile
   __shared__ Sums found;
+  __shared__ TokenBits special;
   __shared__ Word words[kScanWords];
   const ScanShape& shape = args.shape;
   const ScanLookBack& look_back = args.look_back;
@@ -156,6 +157,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
       const float u = *me.at(args.u0, state_of(code));
       if (u != 0.0f) start = {*me.at(args.m0, state_of(code)), u, true};  // else nothing was summed, whatever m says
     }
+    special.set(score == kNothing || code & (kFirst | kFinal | kOutside));
     // A score of +inf is a NaN too.
     Sums local{score, score == kNothing ? 0.0f : 1.0f + (score - score), false};
     if (code & kFirst) local = merge(start, local), local.cut = true;
@@ -185,28 +187,37 @@ __global__ void __launch_bounds__(kScanThreads, 3)
     if (thread == 0) sums_at[0] = {carry.m, carry.u, false};
     __syncthreads();
 
-    const auto step = [&](int n, const PrefixToken& token, float (&o)[V]) {
-      if (token.code & kFirst) {
-        Floats<V> from = splat<V>(0.0f);
-        if (token.code & kInitial) {
-          from = initial_mean<V>(args.w0, args.u0, me.head, me.column, state_of(token.code));
-        }
+    // `plain`: no token of the group is special.
+    const auto step = [&](auto plain, int n, const PrefixToken& token, float (&o)[V]) {
+      if constexpr (!plain) {
+        if (token.code & kFirst) {
+          Floats<V> from = splat<V>(0.0f);
+          if (token.code & kInitial) {
+            from = initial_mean<V>(args.w0, args.u0, me.head, me.column, state_of(token.code));
+          }
 #pragma unroll
-        for (int e = 0; e < V; ++e) o[e] = from[e];
+          for (int e = 0; e < V; ++e) o[e] = from[e];
+        }
+        if (token.g < 0.0f) return;
       }
       const Floats<V> v = floats(values[n]);
-      if (token.g < 0.0f) return;
 #pragma unroll
       for (int e = 0; e < V; ++e) o[e] = fmaf(token.a, o[e], token.g * v[e]);
     };
 
     typename Maps::Map map = Maps::Map::identity();
     const int begin = me.group * N;
+    const bool is_plain = !special.any<N>(begin);
+    if (is_plain) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const PrefixToken token = tokens[begin + n];
-      step(n, token, map.b);
-      map.cut |= (token.code & kFirst) != 0;
+      for (int n = 0; n < N; ++n) step(std::true_type{}, n, tokens[begin + n], map.b);
+    } else {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const PrefixToken token = tokens[begin + n];
+        step(std::false_type{}, n, token, map.b);
+        map.cut |= (token.code & kFirst) != 0;
+      }
     }
     const Sums newest = sums_at[begin + N], oldest = sums_at[begin];
     map.a[0] = newest.u == 0.0f ? 1.0f : oldest.u * rescale(oldest.m, newest.m) * fast_inverse(newest.u);
@@ -286,26 +297,43 @@ __global__ void __launch_bounds__(kScanThreads, 3)
         const int64_t at = scalar_at(args.m, me.row, t, me.head);
         static_cast<float*>(args.m.data)[at] = sums.m, static_cast<float*>(args.u.data)[at] = sums.u;
       }
+      if (args.lse.data) {
+        static_cast<float*>(args.lse.data)[scalar_at(args.lse, me.row, t, me.head)] = sums.m + logf(sums.u);
+      }
       if (code & kFinal) {
         *me.at(args.m_final, state_of(code)) = sums.m, *me.at(args.u_final, state_of(code)) = sums.u;
       }
     }
     RowWalk<S> out(me, args.out, shape, mine);
+    const auto write = [&](auto plain) {
 #pragma unroll
-    for (int n = 0; n < N; out.pass(n++)) {
-      const PrefixToken token = tokens[begin + n];
-      forget_floats(values[n]);
-      step(n, token, o);
-      if (!me.active || !out.inside(n)) continue;
-      Floats<V> result;
+      for (int n = 0; n < N; ++n) {
+        const PrefixToken token = tokens[begin + n];
+        forget_floats(values[n]);
+        step(plain, n, token, o);
+        Floats<V> result;
 #pragma unroll
-      for (int e = 0; e < V; ++e) result[e] = o[e];
-      store(out.row, result);
-      if (token.code & kFinal) {
+        for (int e = 0; e < V; ++e) result[e] = o[e];
+        if constexpr (plain) {
+          if (me.active) store(out.row, result);
+          out.row += out.step;
+        } else {
+          if (me.active && out.inside(n)) {
+            store(out.row, result);
+            if (token.code & kFinal) {
 #pragma unroll
-        for (int e = 0; e < V; ++e) result[e] *= token.u;
-        store(me.at(args.w_final, state_of(token.code)) + me.column, result);
+              for (int e = 0; e < V; ++e) result[e] *= token.u;
+              store(me.at(args.w_final, state_of(token.code)) + me.column, result);
+            }
+          }
+          out.pass(n);
+        }
       }
+    };
+    if (is_plain) {
+      write(std::true_type{});
+    } else {
+      write(std::false_type{});
     }
     __syncthreads();  // the next tile writes to tokens and maps
   }

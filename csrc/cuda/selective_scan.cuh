@@ -25,7 +25,7 @@ struct SelectiveForwardMemory {
 };
 
 template <class S, class Z>
-__global__ void __launch_bounds__(kSelectiveThreads)
+__global__ void __launch_bounds__(Z::kThreads, 2)
     selective_scan_fwd_kernel(const __grid_constant__ SelectiveScanArgs args) {
   typedef SelectiveForwardMemory<Z> At;
   typedef RowLoad<S, Z, 1> Rows;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
 // What a span makes of nothing. Forward: x = E x + (d u) B. Backward, from the last token to the first: the gradient of
 // the state before a token, g = E (g + gy C).
 template <class S, class Z>
-__global__ void __launch_bounds__(kSelectiveThreads)
+__global__ void __launch_bounds__(Z::kThreads, 2)
     selective_scan_ends_kernel(const __grid_constant__ SelectiveScanArgs args, bool backward) {
   typedef SelectiveForwardMemory<Z> At;
   typedef RowLoad<S, Z, 1> Rows;
@@ -169,10 +169,12 @@ __global__ void __launch_bounds__(kSelectiveThreads)
 
 // Turns what spans make of nothing into the states that enter them: ends (sequences * spans, size), size = channels *
 // N. The chain starts from `first` and leaves `last`, (sequences, size) or nullptr.
-__global__ void __launch_bounds__(kSelectiveThreads)
+constexpr int kCarryThreads = 128;
+
+__global__ void __launch_bounds__(kCarryThreads)
     selective_scan_carry_kernel(float* ends, const float* step_sums, const float* A, const float* first, float* last,
                                 int size, int states, int spans, bool backward) {
-  const int at = blockIdx.x * kSelectiveThreads + threadIdx.x;
+  const int at = blockIdx.x * kCarryThreads + threadIdx.x;
   const int64_t sequence = blockIdx.y;
   if (at >= size) return;
   const float rate = A[at] * kLog2E;

@@ -46,14 +46,14 @@ struct SelectiveBackwardMemory {
   static constexpr int kRows = kTile * (Z::kOrders * Z::kStates + 4);
   static constexpr int kSums = 2 * Z::kStates;  // of a token, in each warp
   static constexpr int B = 0, C = B + kRows, states = C + kRows,
-                       sums = states + (kStretches - 1) * kSelectiveThreads * Z::K,
-                       u = sums + kSelectiveWarps * kStretch * kSums, d = u + Z::kTileFloats, gy = d + Z::kTileFloats,
+                       sums = states + (kStretches - 1) * Z::kThreads * Z::K,
+                       u = sums + Z::kWarps * kStretch * kSums, d = u + Z::kTileFloats, gy = d + Z::kTileFloats,
                        z = gy + Z::kTileFloats, slots = z + Z::kTileFloats, bias = slots + kTile,
                        kFloats = bias + Z::kChannels;
 };
 
 template <class S, class Z>
-__global__ void __launch_bounds__(kSelectiveThreads)
+__global__ void __launch_bounds__(Z::kThreads, 2)
     selective_scan_bwd_kernel(const __grid_constant__ SelectiveScanArgs args) {
   typedef SelectiveBackwardMemory<Z> At;
   typedef RowLoad<S, Z, Z::kOrders> Rows;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
       run.block * args.part + run.row * args.parts.row + run.group * args.parts.group + run.origin * args.parts.time;
   const auto store_sums = [&](int position) {
 #pragma unroll
-    for (int e = 0; e < kStretch * At::kSums; e += kSelectiveThreads) {
+    for (int e = 0; e < kStretch * At::kSums; e += Z::kThreads) {
       const int mine = e + threadIdx.x;
       const int i = by_time ? mine % kStretch : mine / At::kSums, number = by_time ? mine / kStretch : mine % At::kSums;
       const int n = number % Z::kStates;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
       const float* sums = shared + At::sums + i * At::kSums + number;
       float sum = 0.0f;
 #pragma unroll
-      for (int warp = 0; warp < kSelectiveWarps; ++warp) sum += sums[warp * kStretch * At::kSums];
+      for (int warp = 0; warp < Z::kWarps; ++warp) sum += sums[warp * kStretch * At::kSums];
       float* to = (number < Z::kStates ? args.dB_parts : args.dC_parts) + part;
       to[int64_t{run.step} * (position + i) * args.parts.time + n * args.parts.state] = sum;
     }
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
     Floats<K> start = carry;
 #pragma unroll 1
     for (int s = 0; s + 1 < stretches; ++s) {
-      store<K>(kept + s * kSelectiveThreads * K, start);
+      store<K>(kept + s * Z::kThreads * K, start);
 #pragma unroll
       for (int i = 0; i < kStretch; ++i) advance(start, s * kStretch + i);
     }
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
 #pragma unroll 1
     for (int s = stretches - 1; s >= 0; --s) {
       const int first = s * kStretch;
-      if (s + 1 < stretches) start = load<K>(kept + s * kSelectiveThreads * K);
+      if (s + 1 < stretches) start = load<K>(kept + s * Z::kThreads * K);
       if (has_slots) {
         walk_back(first, std::true_type{});
       } else {

@@ -7,7 +7,6 @@
 
 namespace flowattn {
 
-constexpr int kSelectiveThreads = 128, kSelectiveWarps = kSelectiveThreads / kWarp;
 constexpr int kTile = 32;  // tokens of a tile, and between two states that the forward keeps for the backward
 constexpr int kStep = 4;   // tokens walked at once: their sums over N are transposed to one token a lane
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
@@ -45,13 +44,13 @@ struct SelectiveScanArgs {
 };
 
 // How K states a lane and P lanes a channel fill a block.
-template <int K_, int P_>
+template <int K_, int P_, int Threads>
 struct SelectiveShape {
-  static constexpr int K = K_, P = P_;
-  static constexpr int kStates = K * P, kWarpChannels = kWarp / P, kChannels = kSelectiveThreads / P;
+  static constexpr int K = K_, P = P_, kThreads = Threads, kWarps = Threads / kWarp;
+  static constexpr int kStates = K * P, kWarpChannels = kWarp / P, kChannels = kThreads / P;
   static constexpr int kPitch = kChannels + 1;  // of a token's row of channels: transposing hits all banks
-  static constexpr int kLoads = kTile * kChannels / kSelectiveThreads;
-  static constexpr int kRowLoads = kTile * kStates / kSelectiveThreads;
+  static constexpr int kLoads = kTile * kChannels / kThreads;
+  static constexpr int kRowLoads = kTile * kStates / kThreads;
   static constexpr bool kRowsEarly = kRowLoads <= 16;  // few enough to wait in registers
   // The backward sums over the channels of a warp. Lanes hold their K states in an order of their own, so that these
   // sums transpose without selecting: register k holds state k ^ order, order < kOrders.
@@ -182,7 +181,7 @@ struct TileMap {
   int t, c, dt, dc;
 
   __device__ explicit TileMap(const ScanTensor& x) {
-    constexpr int kChannels = kSelectiveThreads / kTile, kTokens = kSelectiveThreads / Z::kChannels;  // at once
+    constexpr int kChannels = Z::kThreads / kTile, kTokens = Z::kThreads / Z::kChannels;  // at once
     const int thread = threadIdx.x;
     by_time = x.time < x.head;
     t = by_time ? thread % kTile : thread / Z::kChannels, c = by_time ? thread / kTile : thread % Z::kChannels;
@@ -192,7 +191,7 @@ struct TileMap {
   __device__ int count(const SelectiveRun<Z>& run, int tile) const {
     const int tokens = run.count - tile - t, channels = run.channels - c;
     if (tokens <= 0 || channels <= 0) return 0;
-    return by_time ? ceil_of<kSelectiveThreads / kTile>(channels) : ceil_of<kSelectiveThreads / Z::kChannels>(tokens);
+    return by_time ? ceil_of<Z::kThreads / kTile>(channels) : ceil_of<Z::kThreads / Z::kChannels>(tokens);
   }
   // Calls f(i, place in a tile in shared memory, channel of the block, whether it exists).
   template <class F>
@@ -252,16 +251,16 @@ struct RowLoad {
   // Calls f(i, pointer, token of the tile, state, whether it exists). Rows wider than a block are read along time.
   template <class F>
   __device__ static void each(const StateRows& x, const SelectiveRun<Z>& run, int states, int tile, const F& f) {
-    constexpr int kTokens = kSelectiveThreads / Z::kStates;  // at once, along the states
+    constexpr int kTokens = Z::kThreads / Z::kStates;  // at once, along the states
     const int thread = threadIdx.x;
     const bool by_time = kTokens == 0 || x.time < x.state;
     const int t = by_time ? thread % kTile : thread / Z::kStates, n = by_time ? thread / kTile : thread % Z::kStates;
-    const int dt = by_time ? 0 : kTokens, dn = by_time ? kSelectiveThreads / kTile : 0;
+    const int dt = by_time ? 0 : kTokens, dn = by_time ? Z::kThreads / kTile : 0;
     const S* at = static_cast<const S*>(x.data) + run.row * x.row + run.token(tile + t) * x.time + run.group * x.group +
                   n * x.state;
     const int64_t stride = by_time ? dn * x.state : run.step * dt * x.time;
     const int tokens = run.count - tile - t, rest = states - n;
-    const int along = by_time ? ceil_of<kSelectiveThreads / kTile>(rest) : ceil_of<kTokens ? kTokens : 1>(tokens);
+    const int along = by_time ? ceil_of<Z::kThreads / kTile>(rest) : ceil_of<kTokens ? kTokens : 1>(tokens);
     const int existing = tokens > 0 && rest > 0 ? along : 0;
 #pragma unroll(Z::kRowsEarly ? Z::kRowLoads : 4)
     for (int i = 0; i < Z::kRowLoads; ++i) {
