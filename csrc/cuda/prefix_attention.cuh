@@ -108,7 +108,7 @@ struct Shares {
 };
 
 template <class S, int V>
-__global__ void __launch_bounds__(kScanThreads, 3)
+__global__ void __launch_bounds__(kScanThreads, 4)
     prefix_attention_fwd_kernel(const __grid_constant__ PrefixAttentionArgs args) {
   constexpr int N = kPrefixFwdTokens;
   typedef WarpMaps<V, 0, false, float> Maps;
@@ -133,9 +133,12 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   for (; run.tile < run.end; ++run.tile) {
     const int64_t first = int64_t{run.tile} * shape.tile, mine = first + me.group * N;
     Pack<S, V> values[N];
-    RowWalk<const S> value(me, args.values, shape, mine);
+    const auto load_values = [&] {
+      RowWalk<const S> value(me, args.values, shape, mine);
 #pragma unroll
-    for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
+      for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
+    };
+    load_values();
     each_empty_sequence(args.sequences, run.tile * me.groups + me.group, shape.tiles * me.groups, [&](int s) {
       const bool given = args.sequences.initial;
       if (me.active) {
@@ -172,22 +175,18 @@ __global__ void __launch_bounds__(kScanThreads, 3)
                         __shfl_sync(kWholeWarp, static_cast<int>(all.cut), warp - 1) != 0};
       local = merge(before, local), previous = merge(before, previous);
     }
-    // Writes the weights of the token, given the sums before the tile, and returns its sums.
-    const auto weigh = [&](const Sums& before) {
-      const Sums sums = merge(before, local), kept = code & kFirst ? start : merge(before, previous);
+    const bool looks_back = look_back.used() && run.tile > 0;
+    if (thread < shape.tile) {
+      const Sums sums = merge(carry, local), kept = code & kFirst ? start : merge(carry, previous);
       const float inverse = fast_inverse(sums.u);
       const float a = kept.u * rescale(kept.m, sums.m) * inverse;
       const float g = score == kNothing ? -1.0f : fast_exp(score - sums.m) * inverse;
-      if (thread < shape.tile) tokens[thread] = {a, g, sums.u, code};
-      return sums;
-    };
-    const bool looks_back = look_back.used() && run.tile > 0;
-    Sums sums = weigh(carry);
-    if (thread < shape.tile) sums_at[thread + 1] = {sums.m, sums.u, local.cut};
+      tokens[thread] = {a, g, sums.u, code}, sums_at[thread + 1] = {sums.m, sums.u, local.cut};
+    }
     if (thread == 0) sums_at[0] = {carry.m, carry.u, false};
     __syncthreads();
 
-    // `plain`: no token of the group is special.
+    // `plain`: no token of the warp is special.
     const auto step = [&](auto plain, int n, const PrefixToken& token, float (&o)[V]) {
       if constexpr (!plain) {
         if (token.code & kFirst) {
@@ -207,7 +206,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
 
     typename Maps::Map map = Maps::Map::identity();
     const int begin = me.group * N;
-    const bool is_plain = !special.any<N>(begin);
+    const bool is_plain = !special.any_in_warp<N>(begin);
     if (is_plain) {
 #pragma unroll
       for (int n = 0; n < N; ++n) step(std::true_type{}, n, tokens[begin + n], map.b);
@@ -284,15 +283,27 @@ __global__ void __launch_bounds__(kScanThreads, 3)
     __syncthreads();
     float o[V];
     maps.before(o, before, shape.lanes);
+    Sums sums = sums_at[min(thread, shape.tile - 1) + 1];
     if (looks_back) {
-      sums = weigh(found);
-      const Shares shares(found, oldest);
+      if (thread < shape.tile && !sums.cut) {  // behind a cut nothing before the tile counts
+        PrefixToken token = tokens[thread];
+        const Sums own = sums, kept = merge(found, sums_at[thread]);
+        sums = merge(found, own);
+        const float inverse = fast_inverse(sums.u);
+        token.a = kept.u * rescale(kept.m, sums.m) * inverse, token.u = sums.u;
+        if (!(token.g < 0.0f)) token.g *= own.u * rescale(own.m, sums.m) * inverse;
+        tokens[thread] = token;
+      }
+      const Shares shares(found, sums_at[begin]);
 #pragma unroll
       for (int e = 0; e < V; ++e) o[e] = shares.mean(means[me.offset + e], o[e]);
       __syncthreads();
     }
 
-    if (has_token && owns_scalars) {
+    load_values();  // from the cache: registers that kept them would be taken from other blocks
+    if (thread < shape.tile && first + thread < shape.tokens && owns_scalars) {
+      const int64_t t = token_at(shape, first + thread);
+      const int code = tokens[thread].code;
       if (args.m.data) {
         const int64_t at = scalar_at(args.m, me.row, t, me.head);
         static_cast<float*>(args.m.data)[at] = sums.m, static_cast<float*>(args.u.data)[at] = sums.u;
@@ -309,7 +320,6 @@ __global__ void __launch_bounds__(kScanThreads, 3)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const PrefixToken token = tokens[begin + n];
-        forget_floats(values[n]);
         step(plain, n, token, o);
         Floats<V> result;
 #pragma unroll
@@ -355,6 +365,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   __shared__ PrefixBwdToken tokens[kScanTile];
   __shared__ float2 sums_of[kScanTile], sums_before[kScanTile];  // (m, u) of a token and of the one before it
   __shared__ float dscores[kScanTile];
+  __shared__ TokenBits special;
   __shared__ Word words[kScanWords];
   const ScanShape& shape = args.shape;
   ScanRun run(shape, args.look_back);
@@ -387,6 +398,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     }
 
     const int64_t position = first + thread;
+    bool is_special = true;
     if (thread < shape.tile) {
       PrefixBwdToken token{0.0f, -1.0f, 0.0f, kOutside | kFirst | kLast};
       float2 sums{kNothing, 0.0f}, before = sums;
@@ -412,12 +424,16 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         }
       }
       tokens[thread] = token, sums_of[thread] = sums, sums_before[thread] = before;
+      is_special = token.g < 0.0f || token.code & (kInitial | kLast | kOutside);
     }
+    special.set(is_special);
     __syncthreads();
 
-    // From c to R, columns and, at V, the scalar; `delta` is <do, o> - dlse of the token.
-    const auto step = [&](const PrefixBwdToken& token, const Floats<V>& gradient, float delta, float (&c)[V + 1]) {
-      if (token.code & kLast) {
+    // From c to R, columns and, at V, the scalar; `delta` is <do, o> - dlse of the token. `plain`: no token of the warp
+    // is special.
+    const auto step = [&](auto plain, const PrefixBwdToken& token, const Floats<V>& gradient, float delta,
+                          float (&c)[V + 1]) {
+      if (!plain && token.code & kLast) {
 #pragma unroll
         for (int k = 0; k <= V; ++k) c[k] = 0.0f;
         if (token.code & kFinal) {
@@ -439,18 +455,26 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     float deltas[N];
     typename Maps::Map map = Maps::Map::identity();
     const int begin = me.group * N;
+    const bool is_plain = !special.any_in_warp<N>(begin);
+    const auto walk_once = [&](auto plain) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const PrefixBwdToken token = tokens[begin + n];
-      const Floats<V> gradient = floats(gradients[n]), out = floats(outs[n]);
-      float delta = 0.0f;
+      for (int n = 0; n < N; ++n) {
+        const PrefixBwdToken token = tokens[begin + n];
+        const Floats<V> gradient = floats(gradients[n]), out = floats(outs[n]);
+        float delta = 0.0f;
 #pragma unroll
-      for (int e = 0; e < V; ++e) delta = fmaf(gradient[e], out[e], delta);
-      deltas[n] = group_sum(me.active ? delta : 0.0f, shape.lanes) - token.dlse;
-      step(token, gradient, deltas[n], map.b);
-      map.cut |= (token.code & kLast) != 0;
+        for (int e = 0; e < V; ++e) delta = fmaf(gradient[e], out[e], delta);
+        deltas[n] = group_sum(me.active ? delta : 0.0f, shape.lanes) - token.dlse;
+        step(plain, token, gradient, deltas[n], map.b);
+        map.cut |= !plain && token.code & kLast;
 #pragma unroll
-      for (int k = 0; k <= V; ++k) map.b[k] *= token.a;
+        for (int k = 0; k <= V; ++k) map.b[k] *= token.a;
+      }
+    };
+    if (is_plain) {
+      walk_once(std::true_type{});
+    } else {
+      walk_once(std::false_type{});
     }
     const float2 newest = sums_of[begin], oldest = sums_before[begin + N - 1];
     map.a[0] = newest.y == 0.0f ? 0.0f : oldest.y * rescale(oldest.x, newest.x) * fast_inverse(newest.y);
@@ -461,38 +485,50 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     float c[V + 1];
     maps.before(c, before, shape.lanes);
     RowWalk<S> dvalue_row(me, args.dvalues, shape, mine);
+    const auto walk_again = [&](auto plain) {
 #pragma unroll
-    for (int n = 0; n < N; dvalue_row.pass(n++)) {
-      const PrefixBwdToken token = tokens[begin + n];
-      forget_floats(gradients[n]);
-      step(token, floats(gradients[n]), deltas[n], c);
-      const bool inside = dvalue_row.inside(n), kept = !(token.g < 0.0f);
-      const Floats<V> v = floats(values[n]);
-      Floats<V> dvalue;
-      float dot = 0.0f;
+      for (int n = 0; n < N; ++n) {
+        const PrefixBwdToken token = tokens[begin + n];
+        forget_floats(gradients[n]);
+        step(plain, token, floats(gradients[n]), deltas[n], c);
+        const bool inside = plain || dvalue_row.inside(n), kept = plain || !(token.g < 0.0f);
+        const Floats<V> v = floats(values[n]);
+        Floats<V> dvalue;
+        float dot = 0.0f;
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        dvalue[e] = kept ? token.g * c[e] : 0.0f;
-        dot = fmaf(c[e], v[e], dot);
-      }
-      dot = group_sum(me.active ? dot : 0.0f, shape.lanes);
-      if (me.lane == 0) dscores[begin + n] = kept ? token.g * (dot - c[V]) : 0.0f;
-#pragma unroll
-      for (int k = 0; k <= V; ++k) c[k] *= token.a;
-      if (inside && (token.code & kInitial)) {
-        const int state = state_of(token.code);
-        if (me.active) {
-          Floats<V> dw;
-#pragma unroll
-          for (int e = 0; e < V; ++e) dw[e] = c[e];
-          store(me.at(args.dw0, state) + me.column, dw);
+        for (int e = 0; e < V; ++e) {
+          dvalue[e] = kept ? token.g * c[e] : 0.0f;
+          dot = fmaf(c[e], v[e], dot);
         }
-        if (me.lane == 0) {
-          const int64_t states = args.sequences.states;
-          args.du0[(me.column_block * states + state) * shape.heads + me.head] = -c[V];
+        dot = group_sum(me.active ? dot : 0.0f, shape.lanes);
+        if (me.lane == 0) dscores[begin + n] = kept ? token.g * (dot - c[V]) : 0.0f;
+#pragma unroll
+        for (int k = 0; k <= V; ++k) c[k] *= token.a;
+        if (!plain && inside && token.code & kInitial) {
+          const int state = state_of(token.code);
+          if (me.active) {
+            Floats<V> dw;
+#pragma unroll
+            for (int e = 0; e < V; ++e) dw[e] = c[e];
+            store(me.at(args.dw0, state) + me.column, dw);
+          }
+          if (me.lane == 0) {
+            const int64_t states = args.sequences.states;
+            args.du0[(me.column_block * states + state) * shape.heads + me.head] = -c[V];
+          }
+        }
+        if (inside && me.active) store(dvalue_row.row, dvalue);
+        if constexpr (plain) {
+          dvalue_row.row += dvalue_row.step;
+        } else {
+          dvalue_row.pass(n);
         }
       }
-      if (inside && me.active) store(dvalue_row.row, dvalue);
+    };
+    if (is_plain) {
+      walk_again(std::true_type{});
+    } else {
+      walk_again(std::false_type{});
     }
     __syncthreads();  // the next tile writes to tokens and maps
     if (thread < shape.tile && position < shape.tokens) {

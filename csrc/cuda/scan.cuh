@@ -196,7 +196,7 @@ __device__ inline void forget_floats(Pack<S, V>& pack) {
   }
 }
 
-// Which tokens of a tile need more than the recurrence, a bit each, for groups that take the others by a shorter way.
+// Which tokens of a tile need more than the recurrence, a bit each: warps without one take a shorter way.
 struct TokenBits {
   unsigned words[kScanTile / kWarp];
 
@@ -204,10 +204,11 @@ struct TokenBits {
     const unsigned word = __ballot_sync(kWholeWarp, bit);
     if (threadIdx.x % kWarp == 0) words[threadIdx.x / kWarp] = word;
   }
+  // Whether a group of this warp has one among its tokens, `begin`, a multiple of N, up to begin + N.
   template <int N>
-  __device__ bool any(int begin) const {  // of tokens begin, a multiple of N, up to begin + N
+  __device__ bool any_in_warp(int begin) const {
     static_assert(kWarp % N == 0);
-    return words[begin / kWarp] >> begin % kWarp & ((1u << N) - 1);
+    return __any_sync(kWholeWarp, words[begin / kWarp] >> begin % kWarp & ((1u << N) - 1));
   }
 };
 
