@@ -283,6 +283,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
     __syncthreads();
     float o[V];
     maps.before(o, before, shape.lanes);
+    load_values();  // from the cache: registers that kept them would be taken from other blocks
     Sums sums = sums_at[min(thread, shape.tile - 1) + 1];
     if (looks_back) {
       if (thread < shape.tile && !sums.cut) {  // behind a cut nothing before the tile counts
@@ -300,7 +301,6 @@ __global__ void __launch_bounds__(kScanThreads, 4)
       __syncthreads();
     }
 
-    load_values();  // from the cache: registers that kept them would be taken from other blocks
     if (thread < shape.tile && first + thread < shape.tokens && owns_scalars) {
       const int64_t t = token_at(shape, first + thread);
       const int code = tokens[thread].code;
@@ -357,7 +357,7 @@ struct alignas(16) PrefixBwdToken {
 };
 
 template <class S, int V>
-__global__ void __launch_bounds__(kScanThreads, 2)
+__global__ void __launch_bounds__(kScanThreads, 3)
     prefix_attention_bwd_kernel(const __grid_constant__ PrefixAttentionArgs args) {
   constexpr int N = kPrefixBwdTokens;
   typedef WarpMaps<V, 1, false, float> Maps;
@@ -382,9 +382,12 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     for (int n = 0; n < N; gradient.pass(n), out.pass(n++)) {
       gradients[n] = load_pack<S, V>(gradient.row), outs[n] = load_pack<S, V>(out.row);
     }
-    RowWalk<const S> value(me, args.values, shape, mine);
+    const auto each_value = [&](const auto& f) {
+      RowWalk<const S> value(me, args.values, shape, mine);
 #pragma unroll
-    for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
+      for (int n = 0; n < N; value.pass(n++)) f(n, value.row);
+    };
+    each_value([](int, const S* row) { prefetch(row); });
     if (args.sequences.initial) {
       each_empty_sequence(args.sequences, run.tile * me.groups + me.group, shape.tiles * me.groups, [&](int s) {
         if (me.active) {
@@ -480,6 +483,10 @@ __global__ void __launch_bounds__(kScanThreads, 2)
     map.a[0] = newest.y == 0.0f ? 0.0f : oldest.y * rescale(oldest.x, newest.x) * fast_inverse(newest.y);
     const typename Maps::Map before = maps.scan(map, shape.lanes);
     __syncthreads();
+    RowWalk<const S> again(me, args.dout, shape, mine);
+#pragma unroll
+    for (int n = 0; n < N; again.pass(n++)) gradients[n] = load_pack<S, V>(again.row);
+    each_value([&](int n, const S* row) { values[n] = load_pack<S, V>(row); });
     find_states(shape, args.look_back, run, maps, words, carry);
 
     float c[V + 1];
@@ -489,7 +496,6 @@ __global__ void __launch_bounds__(kScanThreads, 2)
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const PrefixBwdToken token = tokens[begin + n];
-        forget_floats(gradients[n]);
         step(plain, token, floats(gradients[n]), deltas[n], c);
         const bool inside = plain || dvalue_row.inside(n), kept = plain || !(token.g < 0.0f);
         const Floats<V> v = floats(values[n]);

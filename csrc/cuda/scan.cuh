@@ -102,8 +102,7 @@ __device__ inline void each_empty_sequence(const ScanSequences& of, int part, in
 
 template <int V, int N>
 struct ScanThread {
-  int64_t row;
-  int head, column_block;
+  int row, head, column_block;
   int lane, group, groups;
   int offset, column;  // of its first column, in the tile and in the tensor
   bool active;         // other threads repeat column 0 and store nothing
@@ -165,6 +164,9 @@ template <class S, int V>
 __device__ inline Pack<S, V> load_pack(const S* from) {
   return *reinterpret_cast<const Pack<S, V>*>(from);
 }
+
+// Asks for the line of memory in the second cache, without a register that waits for it.
+__device__ inline void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
 template <class S, int V>
 __device__ inline Floats<V> floats(const Pack<S, V>& pack) {

@@ -137,8 +137,8 @@ struct Call {
     launch<Z>(selective_scan_ends_kernel<S, Z>, SelectiveForwardMemory<Z>::kFloats, backward);
     const int size = static_cast<int>(channels * states);
     const dim3 grid(static_cast<unsigned>(ceil_div(size, kCarryThreads)), static_cast<unsigned>(sequences));
-    selective_scan_carry_kernel<<<grid, kCarryThreads, 0, stream>>>(
-        args.end, args.step_sums, args.A, first, last, size, static_cast<int>(states), args.spans, backward);
+    selective_scan_carry_kernel<<<grid, kCarryThreads, 0, stream>>>(args.end, args.step_sums, args.A, first, last, size,
+                                                                    static_cast<int>(states), args.spans, backward);
     check_launch(kOp, cudaGetLastError());
     args.start = args.end, args.end = nullptr;
     run();
@@ -168,8 +168,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_fwd_cuda(Tensor u, Ten
     with_shape(call.states, [&](auto shape) {
       using S = decltype(element);
       using Z = decltype(shape);
-      call.walk<S, Z>(first, final.mutable_data_ptr<float>(), false,
-                      [&] { call.template launch<Z>(selective_scan_fwd_kernel<S, Z>, SelectiveForwardMemory<Z>::kFloats); });
+      call.walk<S, Z>(first, final.mutable_data_ptr<float>(), false, [&] {
+        call.template launch<Z>(selective_scan_fwd_kernel<S, Z>, SelectiveForwardMemory<Z>::kFloats);
+      });
     });
   });
   return {out, final, states, carries};
@@ -224,8 +225,9 @@ Gradients selective_scan_bwd_cuda(Tensor dout, MaybeTensor dfinal, MaybeTensor d
     with_shape(states, [&](auto shape) {
       using S = decltype(element);
       using Z = decltype(shape);
-      call.walk<S, Z>(last, has_initial ? dinitial.mutable_data_ptr<float>() : nullptr, true,
-                      [&] { call.template launch<Z>(selective_scan_bwd_kernel<S, Z>, SelectiveBackwardMemory<Z>::kFloats); });
+      call.walk<S, Z>(last, has_initial ? dinitial.mutable_data_ptr<float>() : nullptr, true, [&] {
+        call.template launch<Z>(selective_scan_bwd_kernel<S, Z>, SelectiveBackwardMemory<Z>::kFloats);
+      });
     });
   });
   sum_parts(kOp, args.dB_parts, 1, args.blocks, dB, launch.stream());

@@ -45,8 +45,7 @@ struct SelectiveBackwardMemory {
   static constexpr int kStretch = Z::K > kStep ? kStep : 2 * kStep, kStretches = kTile / kStretch;
   static constexpr int kRows = kTile * (Z::kOrders * Z::kStates + 4);
   static constexpr int kSums = 2 * Z::kStates;  // of a token, in each warp
-  static constexpr int B = 0, C = B + kRows, states = C + kRows,
-                       sums = states + (kStretches - 1) * Z::kThreads * Z::K,
+  static constexpr int B = 0, C = B + kRows, states = C + kRows, sums = states + (kStretches - 1) * Z::kThreads * Z::K,
                        u = sums + Z::kWarps * kStretch * kSums, d = u + Z::kTileFloats, gy = d + Z::kTileFloats,
                        z = gy + Z::kTileFloats, slots = z + Z::kTileFloats, bias = slots + kTile,
                        kFloats = bias + Z::kChannels;
