@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cuda/prefix_attention.cuh"
+#include "cuda/prefix_attention_bwd.cuh"
 #include "cuda/scan_launch.h"
 
 namespace flowattn {

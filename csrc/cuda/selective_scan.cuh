@@ -40,10 +40,12 @@ __global__ void __launch_bounds__(Z::kThreads, 2)
   Floats<K> x = lane.load(args.start, run.place, args);
   TileLoad<S, Z> u, delta, z;
   Rows B, C;
+  u.aim(map, args.u, run, 0), delta.aim(map, args.delta, run, 0), z.aim(map, args.z, run, 0);
+  B.aim(args.B, run, 0), C.aim(args.C, run, 0);
   const auto start_tile = [&](int tile) {
-    u.load(map, args.u, run, tile), delta.load(map, args.delta, run, tile);
-    if (args.z.data) z.load(map, args.z, run, tile);
-    B.load(args.B, run, args.states, tile), C.load(args.C, run, args.states, tile);
+    u.load(map, args.u, run, tile, kTile), delta.load(map, args.delta, run, tile, kTile);
+    if (args.z.data) z.load(map, args.z, run, tile, kTile);
+    B.load(args.B, run, args.states, tile, kTile), C.load(args.C, run, args.states, tile, kTile);
   };
   if (run.count) start_tile(0);
   stage_bias(shared + At::bias, args, run);
@@ -122,10 +124,12 @@ __global__ void __launch_bounds__(Z::kThreads, 2)
   float steps = 0.0f;
   TileLoad<S, Z> scales, delta, z;
   Rows rows;
+  scales.aim(map, scale_tensor, run, 0), delta.aim(map, args.delta, run, 0), z.aim(map, args.z, run, 0);
+  rows.aim(row_tensor, run, 0);
   const auto start_tile = [&](int tile) {
-    scales.load(map, scale_tensor, run, tile), delta.load(map, args.delta, run, tile);
-    if (gated) z.load(map, args.z, run, tile);
-    rows.load(row_tensor, run, args.states, tile);
+    scales.load(map, scale_tensor, run, tile, kTile), delta.load(map, args.delta, run, tile, kTile);
+    if (gated) z.load(map, args.z, run, tile, kTile);
+    rows.load(row_tensor, run, args.states, tile, kTile);
   };
   if (run.count) start_tile(0);
   stage_bias(shared + At::bias, args, run);

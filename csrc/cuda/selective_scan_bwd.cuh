@@ -71,9 +71,10 @@ __global__ void __launch_bounds__(Z::kThreads, 2)
   TileLoad<S, Z> u, delta, dout, z;
   Rows B, C;
   const auto start_tile = [&](int tile) {
-    u.load(map, args.u, run, tile), delta.load(map, args.delta, run, tile), dout.load(map, args.dout, run, tile);
-    if (gated) z.load(map, args.z, run, tile);
-    B.load(args.B, run, args.states, tile), C.load(args.C, run, args.states, tile);
+    u.load(map, args.u, run, tile, -kTile), delta.load(map, args.delta, run, tile, -kTile);
+    dout.load(map, args.dout, run, tile, -kTile);
+    if (gated) z.load(map, args.z, run, tile, -kTile);
+    B.load(args.B, run, args.states, tile, -kTile), C.load(args.C, run, args.states, tile, -kTile);
     carry = lane.load_carry(args, run.chunk + tile / kTile);
   };
 
@@ -112,6 +113,8 @@ __global__ void __launch_bounds__(Z::kThreads, 2)
   };
 
   int tile = (run.tiles() - 1) * kTile;
+  u.aim(map, args.u, run, tile), delta.aim(map, args.delta, run, tile), dout.aim(map, args.dout, run, tile);
+  z.aim(map, args.z, run, tile), B.aim(args.B, run, tile), C.aim(args.C, run, tile);
   if (run.count) start_tile(tile);
   stage_bias(shared + At::bias, args, run);
   __syncthreads();
