@@ -196,11 +196,11 @@ def op_calls():
     state = random_state(2, 3, 4, torch.float32)
     mask, reset = torch.rand(2, 7, 3) > 0.3, torch.rand(2, 7) > 0.7
     fwd, bwd = torch.ops.flowattn.prefix_attention_fwd.default, torch.ops.flowattn.prefix_attention_bwd.default
-    for keep in (False, True):
-        yield fwd, (scores, values, mask, reset, None, *state, False, keep)
+    for keep_sums, keep_lse in ((False, False), (True, False), (False, True)):
+        yield fwd, (scores, values, mask, reset, None, *state, False, keep_sums, keep_lse)
     ends = torch.tensor([0, 3, 3, 6], dtype=torch.int32)
-    yield fwd, (scores[:1], values[:1].bfloat16(), None, None, ends, None, None, None, True, True)
-    out, m, u, _, u_final, w_final = fwd(scores, values, mask, reset, None, *state, False, True)
+    yield fwd, (scores[:1], values[:1].bfloat16(), None, None, ends, None, None, None, True, True, True)
+    out, m, u, _, _, u_final, w_final = fwd(scores, values, mask, reset, None, *state, False, True, False)
     final = (torch.randn_like(u), torch.randn_like(u_final), torch.randn_like(w_final))
     yield bwd, (torch.randn_like(out), *final, scores, values, mask, reset, None, state.m, out, m, u, u_final, False)
     fwd, bwd = torch.ops.flowattn.aaren_scores_fwd.default, torch.ops.flowattn.aaren_scores_bwd.default
@@ -257,8 +257,8 @@ def test_inference_mode_and_explain(native, capsys):
 def test_memory_of_the_forward_is_its_outputs(native):
     """Beyond the output only the state and, where a gradient is wanted, two scalars a head and token."""
     scores, values = inputs(2, 7, 3, 4, torch.float32)
-    out, m, u, *_ = torch.ops.flowattn.prefix_attention_fwd(scores, values, *[None] * 6, False, False)
-    assert m.numel() == u.numel() == 0 and out.shape == values.shape
+    out, m, u, lse, *_ = torch.ops.flowattn.prefix_attention_fwd(scores, values, *[None] * 6, False, False, False)
+    assert m.numel() == u.numel() == lse.numel() == 0 and out.shape == values.shape
 
 
 SCORES, VALUES = torch.zeros(2, 5, 3), torch.zeros(2, 5, 3, 4)
@@ -315,7 +315,7 @@ def test_bad_offsets_never_read_out_of_bounds(native):
     for ends in ([0, 6], [1, 5], [0, 4, 2], [-1, 5]):
         cu = torch.tensor(ends, dtype=torch.int32)
         with pytest.raises(RuntimeError, match="prefix_attention: cu_seqlens must start at 0"):
-            torch.ops.flowattn.prefix_attention_fwd(scores, values, None, None, cu, None, None, None, False, False)
+            torch.ops.flowattn.prefix_attention_fwd(scores, values, None, None, cu, None, None, None, *[False] * 3)
 
 
 def test_docstrings():

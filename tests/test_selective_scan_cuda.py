@@ -28,6 +28,11 @@ def test_spans(layout, channels, states):
     check(x, layout=layout, **options)
 
 
+def test_sums_of_many_rows():
+    """dB and dC from 32768 numbers on are summed over the blocks of channels in vectors."""
+    check(make(4, 525, 70, 16, dtype=torch.float32), delta_softplus=True)
+
+
 @both_directions
 def test_packed_spans(reverse):
     """Some spans of a packed call lie behind the end of their sequence."""

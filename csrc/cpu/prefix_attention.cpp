@@ -71,9 +71,9 @@ void fill_rows(const Tensor& x, int64_t first, T value) {
   std::fill(data + first * row, data + x.size(1) * row, value);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_cpu(
     Tensor scores, Tensor values, MaybeTensor mask, MaybeTensor reset, MaybeTensor cu_seqlens, MaybeTensor m0,
-    MaybeTensor u0, MaybeTensor w0, bool reverse, bool keep_sums) {
+    MaybeTensor u0, MaybeTensor w0, bool reverse, bool keep_sums, bool keep_lse) {
   Call call(scores, values, mask);
   const int64_t batch = call.batch, tokens = call.tokens, heads = call.heads, width = call.op.width;
   const ScanSegments segments(kOp, batch, tokens, cu_seqlens, reset, reverse, bool(m0));
@@ -89,11 +89,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_
   const int64_t kept = keep_sums ? tokens : 0;
   const Tensor m = torch::stable::new_empty(values, {batch, kept, heads}, call.compute);
   const Tensor u = torch::stable::new_empty(values, {batch, kept, heads}, call.compute);
+  const Tensor lse = torch::stable::new_empty(values, {batch, keep_lse ? tokens : 0, heads}, call.compute);
   const Tensor m_final = torch::stable::new_empty(values, {states, heads}, call.compute);
   const Tensor u_final = torch::stable::new_empty(values, {states, heads}, call.compute);
   const Tensor w_final = torch::stable::new_empty(values, {states, heads, width}, call.compute);
   op.out = scan_tensor(out);
   if (keep_sums) op.m = scan_tensor(m), op.u = scan_tensor(u);
+  if (keep_lse) op.lse = scan_tensor(lse);
   op.m_final = scan_state(m_final), op.u_final = scan_state(u_final), op.w_final = scan_state(w_final);
   for (int64_t state : segments.empty) {
     copy_state(call.compute, op.m_final, op.m0, state, heads, 1, kNone);
@@ -101,11 +103,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_
     copy_state(call.compute, op.w_final, op.w0, state, heads, width);
   }
   clear_rows(out, segments.used);
-  if (keep_sums && segments.used < tokens) {
-    call.compute == ScalarType::Double ? fill_rows<double>(m, segments.used, kNone)
-                                       : fill_rows<float>(m, segments.used, float(kNone));
-    clear_rows(u, segments.used);
+  for (const Tensor* x : {&m, &lse}) {
+    if (x->numel() == 0 || segments.used == tokens) continue;
+    call.compute == ScalarType::Double ? fill_rows<double>(*x, segments.used, kNone)
+                                       : fill_rows<float>(*x, segments.used, float(kNone));
   }
+  clear_rows(u, segments.used);
 
   run_scan(
       segments, heads, double(segments.total()) * heads * (width + 24), FA_ISA_CALL(prefix_attention_state_bytes, op),
@@ -113,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_
       [&](ScanPhase phase, const ScanTask& task, std::byte* carry, std::byte* local, std::byte* scratch) {
         FA_ISA_CALL(prefix_attention_fwd, op, phase, task, carry, local, scratch);
       });
-  return {out, m, u, m_final, u_final, w_final};
+  return {out, m, u, lse, m_final, u_final, w_final};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefix_attention_bwd_cpu(Tensor dout, MaybeTensor dlse, MaybeTensor du_final,

@@ -9,7 +9,7 @@ namespace flowattn {
 struct PrefixAttention {
   Storage storage, scores_storage;
   int64_t width;
-  ScanTensor scores, values, mask, out, m, u;
+  ScanTensor scores, values, mask, out, m, u, lse;
   ScanState m0, u0, w0, m_final, u_final, w_final;
 
   // Backward only; u_final is an input of it.

@@ -172,10 +172,12 @@ class Pass {
     Sums<E> sums(work(h).scalars);
     sums.take(block.scores, n, block.a, block.g, block.m, block.u);
     sums.save(work(h).scalars);
-    if (!op_.m.data) return;
-    for (int64_t k = 0; k < n; ++k) {
-      *at<E>(op_.m, segment_, i + k, task_.head_begin + h) = block.m[k];
-      *at<E>(op_.u, segment_, i + k, task_.head_begin + h) = block.u[k];
+    const int64_t head = task_.head_begin + h;
+    for (int64_t k = 0; op_.m.data && k < n; ++k) {
+      *at<E>(op_.m, segment_, i + k, head) = block.m[k], *at<E>(op_.u, segment_, i + k, head) = block.u[k];
+    }
+    for (int64_t k = 0; op_.lse.data && k < n; ++k) {
+      *at<E>(op_.lse, segment_, i + k, head) = E(double(block.m[k]) + __builtin_log(double(block.u[k])));
     }
   }
 

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cuda/prefix_attention.cuh"
+#include "cuda/prefix_attention_bwd.cuh"
 #include "cuda/scan_launch.h"
 
 namespace flowattn {
@@ -58,9 +58,9 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_cuda(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_cuda(
     Tensor scores, Tensor values, MaybeTensor mask, MaybeTensor reset, MaybeTensor cu_seqlens, MaybeTensor m0,
-    MaybeTensor u0, MaybeTensor w0, bool reverse, bool keep_sums) {
+    MaybeTensor u0, MaybeTensor w0, bool reverse, bool keep_sums, bool keep_lse) {
   const CudaLaunch launch(values);
   const bool whole = bool(m0) == bool(u0) && bool(m0) == bool(w0);
   FA_CHECK(whole, kOp, "m0, u0 and w0 must be given together", "some of them");
@@ -70,10 +70,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_
   const Tensor out = torch::stable::new_empty(values, {call.batch, call.tokens, call.heads, call.width});
   const Tensor m = empty_floats(values, {call.batch, kept, call.heads});
   const Tensor u = empty_floats(values, {call.batch, kept, call.heads});
+  const Tensor lse = empty_floats(values, {call.batch, keep_lse ? call.tokens : 0, call.heads});
   const Tensor m_final = empty_floats(values, {states, call.heads}),
                u_final = empty_floats(values, {states, call.heads});
   const Tensor w_final = empty_floats(values, {states, call.heads, call.width});
-  const std::tuple results(out, m, u, m_final, u_final, w_final);
+  const std::tuple results(out, m, u, lse, m_final, u_final, w_final);
   if (out.numel() == 0) {
     pass_state(m_final, m0, kNothing), pass_state(u_final, u0), pass_state(w_final, w0);
     return results;
@@ -81,6 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_fwd_
   args.m0 = call.state("m0", m0), args.u0 = call.state("u0", u0), args.w0 = call.state_row("w0", w0);
   args.out = call.row("out", out), args.w_final = call.state_row("w_final", w_final);
   if (keep_sums) args.m = scan_tensor(m), args.u = scan_tensor(u);
+  if (keep_lse) args.lse = scan_tensor(lse);
   args.m_final = scan_state(m_final), args.u_final = scan_state(u_final);
   call.with_kernel([&](auto s, auto v) {
     args.shape = scan_shape(kOp, values, v, kPrefixFwdTokens, reverse);

@@ -2,11 +2,6 @@
 //   o_t = a_t o_{t-1} + g_t v_t,  a_t = u_{t-1} exp(m_{t-1} - m_t) / u_t,  g_t = exp(s_t - m_t) / u_t.
 // The scalars of a tile take a thread each; the threads of a group then read a and g of their tokens in shared memory.
 // The factor over several tokens is taken from (m, u) at their ends: a product of many a would add up their roundings.
-//
-// Backward, from the last token to the first: R_t = do_t + c_t, c_{t-1} = a_t R_t, and r alike with <do_t, o_t> -
-// dlse_t;
-//   dv_t = g_t R_t,  ds_t = g_t (<R_t, v_t> - r_t).
-// Behind the last token c is u dw and -u du of the final state; before the first, c and -r are gradients of w0 and u0.
 #pragma once
 
 #include "cuda/scan_states.cuh"
@@ -18,7 +13,7 @@ struct PrefixAttentionArgs {
   ScanSequences sequences;
   ScanLookBack look_back;
   bool float_scores;
-  ScanTensor scores, values, mask, out, m, u;
+  ScanTensor scores, values, mask, out, m, u, lse;
   ScanState m0, u0, w0, m_final, u_final, w_final;
 
   // Backward; u_final is an input of it. With several column blocks dscores and du0 are sums of theirs, which a second
@@ -108,7 +103,7 @@ struct Shares {
 };
 
 template <class S, int V>
-__global__ void __launch_bounds__(kScanThreads, 3)
+__global__ void __launch_bounds__(kScanThreads, 4)
     prefix_attention_fwd_kernel(const __grid_constant__ PrefixAttentionArgs args) {
   constexpr int N = kPrefixFwdTokens;
   typedef WarpMaps<V, 0, false, float> Maps;
@@ -118,6 +113,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   __shared__ Sums warp_sums[kScanWarps];
   __shared__ float means[kScanColumns];  // before the tile
   __shared__ Sums found;
+  __shared__ TokenBits special;
   __shared__ Word words[kScanWords];
   const ScanShape& shape = args.shape;
   const ScanLookBack& look_back = args.look_back;
@@ -132,9 +128,12 @@ __global__ void __launch_bounds__(kScanThreads, 3)
   for (; run.tile < run.end; ++run.tile) {
     const int64_t first = int64_t{run.tile} * shape.tile, mine = first + me.group * N;
     Pack<S, V> values[N];
-    RowWalk<const S> value(me, args.values, shape, mine);
+    const auto load_values = [&] {
+      RowWalk<const S> value(me, args.values, shape, mine);
 #pragma unroll
-    for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
+      for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
+    };
+    load_values();
     each_empty_sequence(args.sequences, run.tile * me.groups + me.group, shape.tiles * me.groups, [&](int s) {
       const bool given = args.sequences.initial;
       if (me.active) {
@@ -156,6 +155,7 @@ __global__ void __launch_bounds__(kScanThreads, 3)
       const float u = *me.at(args.u0, state_of(code));
       if (u != 0.0f) start = {*me.at(args.m0, state_of(code)), u, true};  // else nothing was summed, whatever m says
     }
+    special.set(score == kNothing || code & (kFirst | kFinal | kOutside));
     // A score of +inf is a NaN too.
     Sums local{score, score == kNothing ? 0.0f : 1.0f + (score - score), false};
     if (code & kFirst) local = merge(start, local), local.cut = true;
@@ -170,43 +170,48 @@ __global__ void __launch_bounds__(kScanThreads, 3)
                         __shfl_sync(kWholeWarp, static_cast<int>(all.cut), warp - 1) != 0};
       local = merge(before, local), previous = merge(before, previous);
     }
-    // Writes the weights of the token, given the sums before the tile, and returns its sums.
-    const auto weigh = [&](const Sums& before) {
-      const Sums sums = merge(before, local), kept = code & kFirst ? start : merge(before, previous);
+    const bool looks_back = look_back.used() && run.tile > 0;
+    if (thread < shape.tile) {
+      const Sums sums = merge(carry, local), kept = code & kFirst ? start : merge(carry, previous);
       const float inverse = fast_inverse(sums.u);
       const float a = kept.u * rescale(kept.m, sums.m) * inverse;
       const float g = score == kNothing ? -1.0f : fast_exp(score - sums.m) * inverse;
-      if (thread < shape.tile) tokens[thread] = {a, g, sums.u, code};
-      return sums;
-    };
-    const bool looks_back = look_back.used() && run.tile > 0;
-    Sums sums = weigh(carry);
-    if (thread < shape.tile) sums_at[thread + 1] = {sums.m, sums.u, local.cut};
+      tokens[thread] = {a, g, sums.u, code}, sums_at[thread + 1] = {sums.m, sums.u, local.cut};
+    }
     if (thread == 0) sums_at[0] = {carry.m, carry.u, false};
     __syncthreads();
 
-    const auto step = [&](int n, const PrefixToken& token, float (&o)[V]) {
-      if (token.code & kFirst) {
-        Floats<V> from = splat<V>(0.0f);
-        if (token.code & kInitial) {
-          from = initial_mean<V>(args.w0, args.u0, me.head, me.column, state_of(token.code));
-        }
+    // `plain`: no token of the warp is special.
+    const auto step = [&](auto plain, int n, const PrefixToken& token, float (&o)[V]) {
+      if constexpr (!plain) {
+        if (token.code & kFirst) {
+          Floats<V> from = splat<V>(0.0f);
+          if (token.code & kInitial) {
+            from = initial_mean<V>(args.w0, args.u0, me.head, me.column, state_of(token.code));
+          }
 #pragma unroll
-        for (int e = 0; e < V; ++e) o[e] = from[e];
+          for (int e = 0; e < V; ++e) o[e] = from[e];
+        }
+        if (token.g < 0.0f) return;
       }
       const Floats<V> v = floats(values[n]);
-      if (token.g < 0.0f) return;
 #pragma unroll
       for (int e = 0; e < V; ++e) o[e] = fmaf(token.a, o[e], token.g * v[e]);
     };
 
     typename Maps::Map map = Maps::Map::identity();
     const int begin = me.group * N;
+    const bool is_plain = !special.any_in_warp<N>(begin);
+    if (is_plain) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const PrefixToken token = tokens[begin + n];
-      step(n, token, map.b);
-      map.cut |= (token.code & kFirst) != 0;
+      for (int n = 0; n < N; ++n) step(std::true_type{}, n, tokens[begin + n], map.b);
+    } else {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const PrefixToken token = tokens[begin + n];
+        step(std::false_type{}, n, token, map.b);
+        map.cut |= (token.code & kFirst) != 0;
+      }
     }
     const Sums newest = sums_at[begin + N], oldest = sums_at[begin];
     map.a[0] = newest.u == 0.0f ? 1.0f : oldest.u * rescale(oldest.m, newest.m) * fast_inverse(newest.u);
@@ -273,212 +278,71 @@ __global__ void __launch_bounds__(kScanThreads, 3)
     __syncthreads();
     float o[V];
     maps.before(o, before, shape.lanes);
+    load_values();  // from the cache: registers that kept them would be taken from other blocks
+    Sums sums = sums_at[min(thread, shape.tile - 1) + 1];
     if (looks_back) {
-      sums = weigh(found);
-      const Shares shares(found, oldest);
+      if (thread < shape.tile && !sums.cut) {  // behind a cut nothing before the tile counts
+        PrefixToken token = tokens[thread];
+        const Sums own = sums, kept = merge(found, sums_at[thread]);
+        sums = merge(found, own);
+        const float inverse = fast_inverse(sums.u);
+        token.a = kept.u * rescale(kept.m, sums.m) * inverse, token.u = sums.u;
+        if (!(token.g < 0.0f)) token.g *= own.u * rescale(own.m, sums.m) * inverse;
+        tokens[thread] = token;
+      }
+      const Shares shares(found, sums_at[begin]);
 #pragma unroll
       for (int e = 0; e < V; ++e) o[e] = shares.mean(means[me.offset + e], o[e]);
       __syncthreads();
     }
 
-    if (has_token && owns_scalars) {
+    if (thread < shape.tile && first + thread < shape.tokens && owns_scalars) {
+      const int64_t t = token_at(shape, first + thread);
+      const int code = tokens[thread].code;
       if (args.m.data) {
         const int64_t at = scalar_at(args.m, me.row, t, me.head);
         static_cast<float*>(args.m.data)[at] = sums.m, static_cast<float*>(args.u.data)[at] = sums.u;
+      }
+      if (args.lse.data) {
+        static_cast<float*>(args.lse.data)[scalar_at(args.lse, me.row, t, me.head)] = sums.m + logf(sums.u);
       }
       if (code & kFinal) {
         *me.at(args.m_final, state_of(code)) = sums.m, *me.at(args.u_final, state_of(code)) = sums.u;
       }
     }
     RowWalk<S> out(me, args.out, shape, mine);
+    const auto write = [&](auto plain) {
 #pragma unroll
-    for (int n = 0; n < N; out.pass(n++)) {
-      const PrefixToken token = tokens[begin + n];
-      forget_floats(values[n]);
-      step(n, token, o);
-      if (!me.active || !out.inside(n)) continue;
-      Floats<V> result;
+      for (int n = 0; n < N; ++n) {
+        const PrefixToken token = tokens[begin + n];
+        step(plain, n, token, o);
+        Floats<V> result;
 #pragma unroll
-      for (int e = 0; e < V; ++e) result[e] = o[e];
-      store(out.row, result);
-      if (token.code & kFinal) {
+        for (int e = 0; e < V; ++e) result[e] = o[e];
+        if constexpr (plain) {
+          if (me.active) store(out.row, result);
+          out.row += out.step;
+        } else {
+          if (me.active && out.inside(n)) {
+            store(out.row, result);
+            if (token.code & kFinal) {
 #pragma unroll
-        for (int e = 0; e < V; ++e) result[e] *= token.u;
-        store(me.at(args.w_final, state_of(token.code)) + me.column, result);
+              for (int e = 0; e < V; ++e) result[e] *= token.u;
+              store(me.at(args.w_final, state_of(token.code)) + me.column, result);
+            }
+          }
+          out.pass(n);
+        }
       }
+    };
+    if (is_plain) {
+      write(std::true_type{});
+    } else {
+      write(std::false_type{});
     }
     __syncthreads();  // the next tile writes to tokens and maps
   }
   leave_cluster(look_back);
-}
-
-// The scalars of a token in the backward.
-struct alignas(16) PrefixBwdToken {
-  float a, g, dlse;  // g < 0: masked
-  int code;
-};
-
-template <class S, int V>
-__global__ void __launch_bounds__(kScanThreads, 2)
-    prefix_attention_bwd_kernel(const __grid_constant__ PrefixAttentionArgs args) {
-  constexpr int N = kPrefixBwdTokens;
-  typedef WarpMaps<V, 1, false, float> Maps;
-  __shared__ Maps maps;
-  __shared__ PrefixBwdToken tokens[kScanTile];
-  __shared__ float2 sums_of[kScanTile], sums_before[kScanTile];  // (m, u) of a token and of the one before it
-  __shared__ float dscores[kScanTile];
-  __shared__ Word words[kScanWords];
-  const ScanShape& shape = args.shape;
-  ScanRun run(shape, args.look_back);
-  const ScanThread<V, N> me(shape, run.line);
-  const int thread = threadIdx.x;
-  const bool owns_scalars = me.column_block == 0;
-  float carry = 0.0f;
-
-  for (; run.tile < run.end; ++run.tile) {
-    const int64_t first = int64_t{run.tile} * shape.tile, mine = first + me.group * N;
-    Pack<S, V> gradients[N], values[N], outs[N];
-    RowWalk<const S> gradient(me, args.dout, shape, mine), out(me, args.out, shape, mine);
-#pragma unroll
-    for (int n = 0; n < N; gradient.pass(n), out.pass(n++)) {
-      gradients[n] = load_pack<S, V>(gradient.row), outs[n] = load_pack<S, V>(out.row);
-    }
-    RowWalk<const S> value(me, args.values, shape, mine);
-#pragma unroll
-    for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
-    if (args.sequences.initial) {
-      each_empty_sequence(args.sequences, run.tile * me.groups + me.group, shape.tiles * me.groups, [&](int s) {
-        if (me.active) {
-          store(me.at(args.dw0, s) + me.column,
-                args.dw_final.data ? load<V>(me.at(args.dw_final, s) + me.column) : splat<V>(0.0f));
-        }
-        if (me.lane == 0 && owns_scalars) {
-          args.du0[int64_t{s} * shape.heads + me.head] = args.du_final.data ? *me.at(args.du_final, s) : 0.0f;
-        }
-      });
-    }
-
-    const int64_t position = first + thread;
-    if (thread < shape.tile) {
-      PrefixBwdToken token{0.0f, -1.0f, 0.0f, kOutside | kFirst | kLast};
-      float2 sums{kNothing, 0.0f}, before = sums;
-      if (position < shape.tokens) {
-        const int64_t t = token_at(shape, position), previous = token_at(shape, position + 1);
-        token.code = token_code(args.sequences, me.row, t, shape.tokens);
-        const auto* m = me.template at<const float>(args.m, 0);
-        const auto* u = me.template at<const float>(args.u, 0);
-        sums = {m[t * args.m.time], u[t * args.u.time]};
-        if (!(token.code & kFirst)) {
-          before = {m[previous * args.m.time], u[previous * args.u.time]};
-        } else if (token.code & kInitial) {
-          before = {*me.at(args.m0, state_of(token.code)), 1.0f};  // the gradient is that of one unit of u0 and w0
-        }
-        const float score = load_score<S>(args, me.row, me.head, t, token.code);
-        if (sums.y != 0.0f) {
-          const float inverse = fast_inverse(sums.y);
-          token.a = before.y * rescale(before.x, sums.x) * inverse;
-          if (score != kNothing) token.g = fast_exp(score - sums.x) * inverse;
-          if (args.dlse.data && owns_scalars) {
-            token.dlse = static_cast<const float*>(args.dlse.data)[scalar_at(args.dlse, me.row, t, me.head)];
-          }
-        }
-      }
-      tokens[thread] = token, sums_of[thread] = sums, sums_before[thread] = before;
-    }
-    __syncthreads();
-
-    // From c to R, columns and, at V, the scalar; `delta` is <do, o> - dlse of the token.
-    const auto step = [&](const PrefixBwdToken& token, const Floats<V>& gradient, float delta, float (&c)[V + 1]) {
-      if (token.code & kLast) {
-#pragma unroll
-        for (int k = 0; k <= V; ++k) c[k] = 0.0f;
-        if (token.code & kFinal) {
-          const int state = state_of(token.code);
-          const float u = *me.at(args.u_final, state);
-          if (u != 0.0f && args.du_final.data && owns_scalars) c[V] = -u * *me.at(args.du_final, state);
-          if (u != 0.0f && args.dw_final.data) {
-            const Floats<V> dw = load<V>(me.at(args.dw_final, state) + me.column);
-#pragma unroll
-            for (int e = 0; e < V; ++e) c[e] = u * dw[e];
-          }
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < V; ++e) c[e] += gradient[e];
-      c[V] += delta;
-    };
-
-    float deltas[N];
-    typename Maps::Map map = Maps::Map::identity();
-    const int begin = me.group * N;
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-      const PrefixBwdToken token = tokens[begin + n];
-      const Floats<V> gradient = floats(gradients[n]), out = floats(outs[n]);
-      float delta = 0.0f;
-#pragma unroll
-      for (int e = 0; e < V; ++e) delta = fmaf(gradient[e], out[e], delta);
-      deltas[n] = group_sum(me.active ? delta : 0.0f, shape.lanes) - token.dlse;
-      step(token, gradient, deltas[n], map.b);
-      map.cut |= (token.code & kLast) != 0;
-#pragma unroll
-      for (int k = 0; k <= V; ++k) map.b[k] *= token.a;
-    }
-    const float2 newest = sums_of[begin], oldest = sums_before[begin + N - 1];
-    map.a[0] = newest.y == 0.0f ? 0.0f : oldest.y * rescale(oldest.x, newest.x) * fast_inverse(newest.y);
-    const typename Maps::Map before = maps.scan(map, shape.lanes);
-    __syncthreads();
-    find_states(shape, args.look_back, run, maps, words, carry);
-
-    float c[V + 1];
-    maps.before(c, before, shape.lanes);
-    RowWalk<S> dvalue_row(me, args.dvalues, shape, mine);
-#pragma unroll
-    for (int n = 0; n < N; dvalue_row.pass(n++)) {
-      const PrefixBwdToken token = tokens[begin + n];
-      forget_floats(gradients[n]);
-      step(token, floats(gradients[n]), deltas[n], c);
-      const bool inside = dvalue_row.inside(n), kept = !(token.g < 0.0f);
-      const Floats<V> v = floats(values[n]);
-      Floats<V> dvalue;
-      float dot = 0.0f;
-#pragma unroll
-      for (int e = 0; e < V; ++e) {
-        dvalue[e] = kept ? token.g * c[e] : 0.0f;
-        dot = fmaf(c[e], v[e], dot);
-      }
-      dot = group_sum(me.active ? dot : 0.0f, shape.lanes);
-      if (me.lane == 0) dscores[begin + n] = kept ? token.g * (dot - c[V]) : 0.0f;
-#pragma unroll
-      for (int k = 0; k <= V; ++k) c[k] *= token.a;
-      if (inside && (token.code & kInitial)) {
-        const int state = state_of(token.code);
-        if (me.active) {
-          Floats<V> dw;
-#pragma unroll
-          for (int e = 0; e < V; ++e) dw[e] = c[e];
-          store(me.at(args.dw0, state) + me.column, dw);
-        }
-        if (me.lane == 0) {
-          const int64_t states = args.sequences.states;
-          args.du0[(me.column_block * states + state) * shape.heads + me.head] = -c[V];
-        }
-      }
-      if (inside && me.active) store(dvalue_row.row, dvalue);
-    }
-    __syncthreads();  // the next tile writes to tokens and maps
-    if (thread < shape.tile && position < shape.tokens) {
-      const int64_t rows = int64_t{shape.lines} / shape.column_blocks / shape.heads;
-      const int64_t token = (me.column_block * rows + me.row) * shape.tokens + token_at(shape, position);
-      const int64_t at = token * shape.heads + me.head;
-      if (args.float_dscores) {
-        static_cast<float*>(args.dscores)[at] = dscores[thread];
-      } else {
-        from_float(dscores[thread], static_cast<S*>(args.dscores)[at]);
-      }
-    }
-  }
-  leave_cluster(args.look_back);
 }
 
 }  // namespace flowattn

@@ -7,6 +7,8 @@
 // scan_states.cuh.
 #pragma once
 
+#include <type_traits>
+
 #include "common/scan.h"
 #include "cuda/row_vectors.cuh"
 
@@ -100,8 +102,7 @@ __device__ inline void each_empty_sequence(const ScanSequences& of, int part, in
 
 template <int V, int N>
 struct ScanThread {
-  int64_t row;
-  int head, column_block;
+  int row, head, column_block;
   int lane, group, groups;
   int offset, column;  // of its first column, in the tile and in the tensor
   bool active;         // other threads repeat column 0 and store nothing
@@ -164,11 +165,23 @@ __device__ inline Pack<S, V> load_pack(const S* from) {
   return *reinterpret_cast<const Pack<S, V>*>(from);
 }
 
+// Asks for the line of memory in the second cache, without a register that waits for it.
+__device__ inline void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
+
 template <class S, int V>
 __device__ inline Floats<V> floats(const Pack<S, V>& pack) {
   Floats<V> to;
+  if constexpr (std::is_same_v<S, __nv_bfloat16> && V % 2 == 0) {  // the upper half of a float: one operation each
+    unsigned words[V / 2];
+    memcpy(words, &pack, sizeof(pack));
 #pragma unroll
-  for (int e = 0; e < V; ++e) to[e] = to_float(pack.values[e]);
+    for (int i = 0; i < V / 2; ++i) {
+      to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < V; ++e) to[e] = to_float(pack.values[e]);
+  }
   return to;
 }
 
@@ -184,6 +197,22 @@ __device__ inline void forget_floats(Pack<S, V>& pack) {
     memcpy(&pack, words, sizeof(pack));
   }
 }
+
+// Which tokens of a tile need more than the recurrence, a bit each: warps without one take a shorter way.
+struct TokenBits {
+  unsigned words[kScanTile / kWarp];
+
+  __device__ void set(bool bit) {  // of token `thread`
+    const unsigned word = __ballot_sync(kWholeWarp, bit);
+    if (threadIdx.x % kWarp == 0) words[threadIdx.x / kWarp] = word;
+  }
+  // Whether a group of this warp has one among its tokens, `begin`, a multiple of N, up to begin + N.
+  template <int N>
+  __device__ bool any_in_warp(int begin) const {
+    static_assert(kWarp % N == 0);
+    return __any_sync(kWholeWarp, words[begin / kWarp] >> begin % kWarp & ((1u << N) - 1));
+  }
+};
 
 // Sum over the threads of a group; each gets the same bits.
 __device__ inline float group_sum(float value, int lanes) {
@@ -211,6 +240,25 @@ __global__ void __launch_bounds__(kWarp* kPartWarps)
   if (threadIdx.y != 0 || column >= n) return;
   for (int y = 1; y < kPartWarps; ++y) sum += sums[y][threadIdx.x];
   from_float(sum, out[blockIdx.y * n + column]);
+}
+
+// The same where the columns alone fill a GPU: a thread each V of them, through all parts.
+constexpr int kColumnThreads = 128;
+
+template <class S, int V>
+__global__ void __launch_bounds__(kColumnThreads)
+    sum_columns_kernel(const float* parts, int64_t count, int64_t n, S* out) {
+  const int64_t column = (int64_t{blockIdx.x} * kColumnThreads + threadIdx.x) * V;
+  if (column >= n) return;
+  const float* from = parts + blockIdx.y * count * n + column;
+  Floats<V> sum = splat<V>(0.0f);
+#pragma unroll 8
+  for (int64_t part = 0; part < count; ++part) {
+    const Floats<V> more = load<V>(from + part * n);
+#pragma unroll
+    for (int e = 0; e < V; ++e) sum[e] += more[e];
+  }
+  store(out + blockIdx.y * n + column, sum);
 }
 
 }  // namespace flowattn

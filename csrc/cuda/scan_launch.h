@@ -153,11 +153,21 @@ inline void sum_parts(const char* op, const float* parts, int64_t groups, int64_
                       cudaStream_t stream) {
   if (out.numel() == 0) return;
   FA_CHECK(groups <= 65535, op, "there must be fewer than 65536 queries", groups);
+  constexpr int kVector = 4;
+  constexpr int64_t kManyColumns = 1 << 15;
   const int64_t n = out.numel() / groups;
-  const dim3 grid(static_cast<unsigned>(ceil_div(n, kWarp)), static_cast<unsigned>(groups)), block(kWarp, kPartWarps);
+  const auto blocks = [&](int64_t columns) {
+    return dim3(static_cast<unsigned>(ceil_div(n, columns)), static_cast<unsigned>(groups));
+  };
   with_element(op, out, [&](auto element) {
     using S = decltype(element);
-    sum_parts_kernel<S><<<grid, block, 0, stream>>>(parts, count, n, static_cast<S*>(out.data_ptr()));
+    S* to = static_cast<S*>(out.data_ptr());
+    if (n < kManyColumns || n % kVector != 0) {
+      sum_parts_kernel<S><<<blocks(kWarp), dim3(kWarp, kPartWarps), 0, stream>>>(parts, count, n, to);
+    } else {
+      sum_columns_kernel<S, kVector>
+          <<<blocks(kVector * kColumnThreads), kColumnThreads, 0, stream>>>(parts, count, n, to);
+    }
   });
   check_launch(op, cudaGetLastError());
 }

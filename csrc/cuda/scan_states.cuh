@@ -230,10 +230,13 @@ struct ScanRun {
       : line(blockIdx.x), tile(0), end(shape.tiles) {
     if (look_back.cluster) line = blockIdx.x / shape.tiles, tile = blockIdx.x % shape.tiles, end = tile + 1;
     if (!look_back.ticket) return;
-    __shared__ unsigned ticket;
-    if (threadIdx.x == 0) ticket = atomicAdd(look_back.ticket, 1u);
+    __shared__ int taken[2];
+    if (threadIdx.x == 0) {
+      const unsigned ticket = atomicAdd(look_back.ticket, 1u), lines = shape.lines;
+      taken[0] = static_cast<int>(ticket % lines), taken[1] = static_cast<int>(ticket / lines);
+    }
     __syncthreads();
-    line = static_cast<int>(ticket % shape.lines), tile = static_cast<int>(ticket / shape.lines), end = tile + 1;
+    line = taken[0], tile = taken[1], end = tile + 1;
   }
 };
 

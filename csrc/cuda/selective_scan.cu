@@ -17,11 +17,11 @@ constexpr int64_t kLeastSpan = 256;   // tokens
 // Calls run(Z{}) with the smallest shape that holds the states.
 template <class Run>
 void with_shape(int64_t states, const Run& run) {
-  if (states <= 4) return run(SelectiveShape<1, 4>{});
-  if (states <= 16) return run(SelectiveShape<4, 4>{});
-  if (states <= 32) return run(SelectiveShape<4, 8>{});
-  if (states <= 64) return run(SelectiveShape<4, 16>{});
-  run(SelectiveShape<8, 32>{});
+  if (states <= 4) return run(SelectiveShape<1, 4, 128>{});
+  if (states <= 16) return run(SelectiveShape<2, 8, 256>{});
+  if (states <= 32) return run(SelectiveShape<2, 16, 256>{});
+  if (states <= 64) return run(SelectiveShape<4, 16, 128>{});
+  run(SelectiveShape<8, 32, 128>{});
 }
 
 struct Call {
@@ -115,12 +115,12 @@ struct Call {
     return {batch, tokens, groups, states};
   }
 
-  template <class Kernel, class... More>
+  template <class Z, class Kernel, class... More>
   void launch(Kernel kernel, int floats, More... more) const {
     const int bytes = floats * static_cast<int>(sizeof(float));
     check_launch(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     const unsigned blocks = static_cast<unsigned>(places * groups * args.blocks);
-    kernel<<<blocks, kSelectiveThreads, bytes, stream>>>(args, more...);
+    kernel<<<blocks, Z::kThreads, bytes, stream>>>(args, more...);
     check_launch(kOp, cudaGetLastError());
   }
 
@@ -134,11 +134,11 @@ struct Call {
     }
     const Tensor ends = empty_floats(u, {places, channels, states}), step_sums = empty_floats(u, {places, channels});
     args.end = ends.mutable_data_ptr<float>(), args.step_sums = step_sums.mutable_data_ptr<float>();
-    launch(selective_scan_ends_kernel<S, Z>, SelectiveForwardMemory<Z>::kFloats, backward);
+    launch<Z>(selective_scan_ends_kernel<S, Z>, SelectiveForwardMemory<Z>::kFloats, backward);
     const int size = static_cast<int>(channels * states);
-    const dim3 grid(static_cast<unsigned>(ceil_div(size, kSelectiveThreads)), static_cast<unsigned>(sequences));
-    selective_scan_carry_kernel<<<grid, kSelectiveThreads, 0, stream>>>(
-        args.end, args.step_sums, args.A, first, last, size, static_cast<int>(states), args.spans, backward);
+    const dim3 grid(static_cast<unsigned>(ceil_div(size, kCarryThreads)), static_cast<unsigned>(sequences));
+    selective_scan_carry_kernel<<<grid, kCarryThreads, 0, stream>>>(args.end, args.step_sums, args.A, first, last, size,
+                                                                    static_cast<int>(states), args.spans, backward);
     check_launch(kOp, cudaGetLastError());
     args.start = args.end, args.end = nullptr;
     run();
@@ -168,8 +168,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_fwd_cuda(Tensor u, Ten
     with_shape(call.states, [&](auto shape) {
       using S = decltype(element);
       using Z = decltype(shape);
-      call.walk<S, Z>(first, final.mutable_data_ptr<float>(), false,
-                      [&] { call.launch(selective_scan_fwd_kernel<S, Z>, SelectiveForwardMemory<Z>::kFloats); });
+      call.walk<S, Z>(first, final.mutable_data_ptr<float>(), false, [&] {
+        call.template launch<Z>(selective_scan_fwd_kernel<S, Z>, SelectiveForwardMemory<Z>::kFloats);
+      });
     });
   });
   return {out, final, states, carries};
@@ -224,8 +225,9 @@ Gradients selective_scan_bwd_cuda(Tensor dout, MaybeTensor dfinal, MaybeTensor d
     with_shape(states, [&](auto shape) {
       using S = decltype(element);
       using Z = decltype(shape);
-      call.walk<S, Z>(last, has_initial ? dinitial.mutable_data_ptr<float>() : nullptr, true,
-                      [&] { call.launch(selective_scan_bwd_kernel<S, Z>, SelectiveBackwardMemory<Z>::kFloats); });
+      call.walk<S, Z>(last, has_initial ? dinitial.mutable_data_ptr<float>() : nullptr, true, [&] {
+        call.template launch<Z>(selective_scan_bwd_kernel<S, Z>, SelectiveBackwardMemory<Z>::kFloats);
+      });
     });
   });
   sum_parts(kOp, args.dB_parts, 1, args.blocks, dB, launch.stream());

@@ -25,7 +25,7 @@ struct SelectiveForwardMemory {
 };
 
 template <class S, class Z>
-__global__ void __launch_bounds__(kSelectiveThreads)
+__global__ void __launch_bounds__(Z::kThreads, 2)
     selective_scan_fwd_kernel(const __grid_constant__ SelectiveScanArgs args) {
   typedef SelectiveForwardMemory<Z> At;
   typedef RowLoad<S, Z, 1> Rows;
@@ -40,10 +40,12 @@ __global__ void __launch_bounds__(kSelectiveThreads)
   Floats<K> x = lane.load(args.start, run.place, args);
   TileLoad<S, Z> u, delta, z;
   Rows B, C;
+  u.aim(map, args.u, run, 0), delta.aim(map, args.delta, run, 0), z.aim(map, args.z, run, 0);
+  B.aim(args.B, run, 0), C.aim(args.C, run, 0);
   const auto start_tile = [&](int tile) {
-    u.load(map, args.u, run, tile), delta.load(map, args.delta, run, tile);
-    if (args.z.data) z.load(map, args.z, run, tile);
-    B.load(args.B, run, args.states, tile), C.load(args.C, run, args.states, tile);
+    u.load(map, args.u, run, tile, kTile), delta.load(map, args.delta, run, tile, kTile);
+    if (args.z.data) z.load(map, args.z, run, tile, kTile);
+    B.load(args.B, run, args.states, tile, kTile), C.load(args.C, run, args.states, tile, kTile);
   };
   if (run.count) start_tile(0);
   stage_bias(shared + At::bias, args, run);
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
 // What a span makes of nothing. Forward: x = E x + (d u) B. Backward, from the last token to the first: the gradient of
 // the state before a token, g = E (g + gy C).
 template <class S, class Z>
-__global__ void __launch_bounds__(kSelectiveThreads)
+__global__ void __launch_bounds__(Z::kThreads, 2)
     selective_scan_ends_kernel(const __grid_constant__ SelectiveScanArgs args, bool backward) {
   typedef SelectiveForwardMemory<Z> At;
   typedef RowLoad<S, Z, 1> Rows;
@@ -122,10 +124,12 @@ __global__ void __launch_bounds__(kSelectiveThreads)
   float steps = 0.0f;
   TileLoad<S, Z> scales, delta, z;
   Rows rows;
+  scales.aim(map, scale_tensor, run, 0), delta.aim(map, args.delta, run, 0), z.aim(map, args.z, run, 0);
+  rows.aim(row_tensor, run, 0);
   const auto start_tile = [&](int tile) {
-    scales.load(map, scale_tensor, run, tile), delta.load(map, args.delta, run, tile);
-    if (gated) z.load(map, args.z, run, tile);
-    rows.load(row_tensor, run, args.states, tile);
+    scales.load(map, scale_tensor, run, tile, kTile), delta.load(map, args.delta, run, tile, kTile);
+    if (gated) z.load(map, args.z, run, tile, kTile);
+    rows.load(row_tensor, run, args.states, tile, kTile);
   };
   if (run.count) start_tile(0);
   stage_bias(shared + At::bias, args, run);
@@ -169,10 +173,12 @@ __global__ void __launch_bounds__(kSelectiveThreads)
 
 // Turns what spans make of nothing into the states that enter them: ends (sequences * spans, size), size = channels *
 // N. The chain starts from `first` and leaves `last`, (sequences, size) or nullptr.
-__global__ void __launch_bounds__(kSelectiveThreads)
+constexpr int kCarryThreads = 128;
+
+__global__ void __launch_bounds__(kCarryThreads)
     selective_scan_carry_kernel(float* ends, const float* step_sums, const float* A, const float* first, float* last,
                                 int size, int states, int spans, bool backward) {
-  const int at = blockIdx.x * kSelectiveThreads + threadIdx.x;
+  const int at = blockIdx.x * kCarryThreads + threadIdx.x;
   const int64_t sequence = blockIdx.y;
   if (at >= size) return;
   const float rate = A[at] * kLog2E;

@@ -45,15 +45,14 @@ struct SelectiveBackwardMemory {
   static constexpr int kStretch = Z::K > kStep ? kStep : 2 * kStep, kStretches = kTile / kStretch;
   static constexpr int kRows = kTile * (Z::kOrders * Z::kStates + 4);
   static constexpr int kSums = 2 * Z::kStates;  // of a token, in each warp
-  static constexpr int B = 0, C = B + kRows, states = C + kRows,
-                       sums = states + (kStretches - 1) * kSelectiveThreads * Z::K,
-                       u = sums + kSelectiveWarps * kStretch * kSums, d = u + Z::kTileFloats, gy = d + Z::kTileFloats,
+  static constexpr int B = 0, C = B + kRows, states = C + kRows, sums = states + (kStretches - 1) * Z::kThreads * Z::K,
+                       u = sums + Z::kWarps * kStretch * kSums, d = u + Z::kTileFloats, gy = d + Z::kTileFloats,
                        z = gy + Z::kTileFloats, slots = z + Z::kTileFloats, bias = slots + kTile,
                        kFloats = bias + Z::kChannels;
 };
 
 template <class S, class Z>
-__global__ void __launch_bounds__(kSelectiveThreads)
+__global__ void __launch_bounds__(Z::kThreads, 2)
     selective_scan_bwd_kernel(const __grid_constant__ SelectiveScanArgs args) {
   typedef SelectiveBackwardMemory<Z> At;
   typedef RowLoad<S, Z, Z::kOrders> Rows;
@@ -72,9 +71,10 @@ __global__ void __launch_bounds__(kSelectiveThreads)
   TileLoad<S, Z> u, delta, dout, z;
   Rows B, C;
   const auto start_tile = [&](int tile) {
-    u.load(map, args.u, run, tile), delta.load(map, args.delta, run, tile), dout.load(map, args.dout, run, tile);
-    if (gated) z.load(map, args.z, run, tile);
-    B.load(args.B, run, args.states, tile), C.load(args.C, run, args.states, tile);
+    u.load(map, args.u, run, tile, -kTile), delta.load(map, args.delta, run, tile, -kTile);
+    dout.load(map, args.dout, run, tile, -kTile);
+    if (gated) z.load(map, args.z, run, tile, -kTile);
+    B.load(args.B, run, args.states, tile, -kTile), C.load(args.C, run, args.states, tile, -kTile);
     carry = lane.load_carry(args, run.chunk + tile / kTile);
   };
 
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
       run.block * args.part + run.row * args.parts.row + run.group * args.parts.group + run.origin * args.parts.time;
   const auto store_sums = [&](int position) {
 #pragma unroll
-    for (int e = 0; e < kStretch * At::kSums; e += kSelectiveThreads) {
+    for (int e = 0; e < kStretch * At::kSums; e += Z::kThreads) {
       const int mine = e + threadIdx.x;
       const int i = by_time ? mine % kStretch : mine / At::kSums, number = by_time ? mine / kStretch : mine % At::kSums;
       const int n = number % Z::kStates;
@@ -106,13 +106,15 @@ __global__ void __launch_bounds__(kSelectiveThreads)
       const float* sums = shared + At::sums + i * At::kSums + number;
       float sum = 0.0f;
 #pragma unroll
-      for (int warp = 0; warp < kSelectiveWarps; ++warp) sum += sums[warp * kStretch * At::kSums];
+      for (int warp = 0; warp < Z::kWarps; ++warp) sum += sums[warp * kStretch * At::kSums];
       float* to = (number < Z::kStates ? args.dB_parts : args.dC_parts) + part;
       to[int64_t{run.step} * (position + i) * args.parts.time + n * args.parts.state] = sum;
     }
   };
 
   int tile = (run.tiles() - 1) * kTile;
+  u.aim(map, args.u, run, tile), delta.aim(map, args.delta, run, tile), dout.aim(map, args.dout, run, tile);
+  z.aim(map, args.z, run, tile), B.aim(args.B, run, tile), C.aim(args.C, run, tile);
   if (run.count) start_tile(tile);
   stage_bias(shared + At::bias, args, run);
   __syncthreads();
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
     Floats<K> start = carry;
 #pragma unroll 1
     for (int s = 0; s + 1 < stretches; ++s) {
-      store<K>(kept + s * kSelectiveThreads * K, start);
+      store<K>(kept + s * Z::kThreads * K, start);
 #pragma unroll
       for (int i = 0; i < kStretch; ++i) advance(start, s * kStretch + i);
     }
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(kSelectiveThreads)
 #pragma unroll 1
     for (int s = stretches - 1; s >= 0; --s) {
       const int first = s * kStretch;
-      if (s + 1 < stretches) start = load<K>(kept + s * kSelectiveThreads * K);
+      if (s + 1 < stretches) start = load<K>(kept + s * Z::kThreads * K);
       if (has_slots) {
         walk_back(first, std::true_type{});
       } else {

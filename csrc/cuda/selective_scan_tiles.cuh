@@ -7,7 +7,6 @@
 
 namespace flowattn {
 
-constexpr int kSelectiveThreads = 128, kSelectiveWarps = kSelectiveThreads / kWarp;
 constexpr int kTile = 32;  // tokens of a tile, and between two states that the forward keeps for the backward
 constexpr int kStep = 4;   // tokens walked at once: their sums over N are transposed to one token a lane
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
@@ -45,13 +44,13 @@ struct SelectiveScanArgs {
 };
 
 // How K states a lane and P lanes a channel fill a block.
-template <int K_, int P_>
+template <int K_, int P_, int Threads>
 struct SelectiveShape {
-  static constexpr int K = K_, P = P_;
-  static constexpr int kStates = K * P, kWarpChannels = kWarp / P, kChannels = kSelectiveThreads / P;
+  static constexpr int K = K_, P = P_, kThreads = Threads, kWarps = Threads / kWarp;
+  static constexpr int kStates = K * P, kWarpChannels = kWarp / P, kChannels = kThreads / P;
   static constexpr int kPitch = kChannels + 1;  // of a token's row of channels: transposing hits all banks
-  static constexpr int kLoads = kTile * kChannels / kSelectiveThreads;
-  static constexpr int kRowLoads = kTile * kStates / kSelectiveThreads;
+  static constexpr int kLoads = kTile * kChannels / kThreads;
+  static constexpr int kRowLoads = kTile * kStates / kThreads;
   static constexpr bool kRowsEarly = kRowLoads <= 16;  // few enough to wait in registers
   // The backward sums over the channels of a warp. Lanes hold their K states in an order of their own, so that these
   // sums transpose without selecting: register k holds state k ^ order, order < kOrders.
@@ -182,7 +181,7 @@ struct TileMap {
   int t, c, dt, dc;
 
   __device__ explicit TileMap(const ScanTensor& x) {
-    constexpr int kChannels = kSelectiveThreads / kTile, kTokens = kSelectiveThreads / Z::kChannels;  // at once
+    constexpr int kChannels = Z::kThreads / kTile, kTokens = Z::kThreads / Z::kChannels;  // at once
     const int thread = threadIdx.x;
     by_time = x.time < x.head;
     t = by_time ? thread % kTile : thread / Z::kChannels, c = by_time ? thread / kTile : thread % Z::kChannels;
@@ -192,7 +191,7 @@ struct TileMap {
   __device__ int count(const SelectiveRun<Z>& run, int tile) const {
     const int tokens = run.count - tile - t, channels = run.channels - c;
     if (tokens <= 0 || channels <= 0) return 0;
-    return by_time ? ceil_of<kSelectiveThreads / kTile>(channels) : ceil_of<kSelectiveThreads / Z::kChannels>(tokens);
+    return by_time ? ceil_of<Z::kThreads / kTile>(channels) : ceil_of<Z::kThreads / Z::kChannels>(tokens);
   }
   // Calls f(i, place in a tile in shared memory, channel of the block, whether it exists).
   template <class F>
@@ -201,36 +200,47 @@ struct TileMap {
 #pragma unroll
     for (int i = 0; i < Z::kLoads; ++i) f(i, first + i * step, c + i * dc, i < existing);
   }
-  // Calls f(i, pointer, place, whether it exists).
-  template <class S, class F>
-  __device__ void each_in(const ScanTensor& x, const SelectiveRun<Z>& run, int tile, const F& f) const {
-    S* at = static_cast<S*>(x.data) + run.row * x.row + run.token(tile + t) * x.time + (run.channel + c) * x.head;
-    const int64_t stride = by_time ? dc * x.head : run.step * dt * x.time;
-    each(run, tile, [&](int i, int place, int, bool exists) {
-      f(i, at, place, exists);
-      at += stride;
-    });
+  // The first element of this thread, and how far the next one is.
+  template <class S>
+  __device__ S* first(const ScanTensor& x, const SelectiveRun<Z>& run, int tile) const {
+    return static_cast<S*>(x.data) + run.row * x.row + run.token(tile + t) * x.time + (run.channel + c) * x.head;
+  }
+  __device__ int64_t stride(const ScanTensor& x, const SelectiveRun<Z>& run) const {
+    return by_time ? dc * x.head : run.step * dt * x.time;
   }
 };
 
-// A tile on its way to shared memory.
+// Tiles on their way to shared memory, one after the other: addresses are made once, and then moved.
 template <class S, class Z>
 struct TileLoad {
   S raw[Z::kLoads];
+  const S* at;  // in the tile to load next
 
-  // All tensors of a call are moved by one map, so that a thread meets its own elements again.
-  __device__ void load(const TileMap<Z>& map, const ScanTensor& x, const SelectiveRun<Z>& run, int tile) {
-    map.template each_in<const S>(x, run, tile, [&](int i, const S* at, int, bool exists) {
+  __device__ void aim(const TileMap<Z>& map, const ScanTensor& x, const SelectiveRun<Z>& run, int tile) {
+    at = map.template first<const S>(x, run, tile);
+  }
+  // All tensors of a call are moved by one map, so that a thread meets its own elements again. The next tile begins
+  // `ahead` positions further on.
+  __device__ void load(const TileMap<Z>& map, const ScanTensor& x, const SelectiveRun<Z>& run, int tile, int ahead) {
+    const S* from = at;
+    const int64_t stride = map.stride(x, run);
+    map.each(run, tile, [&](int i, int, int, bool exists) {
       from_float(0.0f, raw[i]);
-      if (exists) raw[i] = *at;
+      if (exists) raw[i] = *from;
+      from += stride;
     });
+    at += run.step * ahead * x.time;
   }
 };
 
 template <class S, class Z>
 __device__ inline void store_tile(const float* from, const ScanTensor& x, const SelectiveRun<Z>& run, int tile) {
-  TileMap<Z>(x).template each_in<S>(x, run, tile, [&](int, S* at, int place, bool exists) {
+  const TileMap<Z> map(x);
+  const int64_t stride = map.stride(x, run);
+  S* at = map.template first<S>(x, run, tile);
+  map.each(run, tile, [&](int, int place, int, bool exists) {
     if (exists) from_float(from[place], *at);
+    at += stride;
   });
 }
 
@@ -247,26 +257,36 @@ __device__ inline void stage_bias(float* to, const SelectiveScanArgs& args, cons
 template <class S, class Z, int Orders>
 struct RowLoad {
   static constexpr int kPitch = Orders * Z::kStates + 4;
+  static constexpr int kTokens = Z::kThreads / Z::kStates;  // at once, along the states
   S raw[Z::kRowsEarly ? Z::kRowLoads : 1];
+  const S* at;  // in the tile to load next
 
-  // Calls f(i, pointer, token of the tile, state, whether it exists). Rows wider than a block are read along time.
+  // Rows wider than a block are read along time.
+  __device__ static bool by_time(const StateRows& x) { return kTokens == 0 || x.time < x.state; }
+  __device__ static int first_token(const StateRows& x) {
+    return static_cast<int>(by_time(x) ? threadIdx.x % kTile : threadIdx.x / Z::kStates);
+  }
+  __device__ static int first_state(const StateRows& x) {
+    return static_cast<int>(by_time(x) ? threadIdx.x / kTile : threadIdx.x % Z::kStates);
+  }
+  __device__ static const S* first(const StateRows& x, const SelectiveRun<Z>& run, int tile) {
+    return static_cast<const S*>(x.data) + run.row * x.row + run.token(tile + first_token(x)) * x.time +
+           run.group * x.group + first_state(x) * x.state;
+  }
+  // Calls f(i, pointer, token of the tile, state, whether it exists), the pointers beginning at `from`.
   template <class F>
-  __device__ static void each(const StateRows& x, const SelectiveRun<Z>& run, int states, int tile, const F& f) {
-    constexpr int kTokens = kSelectiveThreads / Z::kStates;  // at once, along the states
-    const int thread = threadIdx.x;
-    const bool by_time = kTokens == 0 || x.time < x.state;
-    const int t = by_time ? thread % kTile : thread / Z::kStates, n = by_time ? thread / kTile : thread % Z::kStates;
-    const int dt = by_time ? 0 : kTokens, dn = by_time ? kSelectiveThreads / kTile : 0;
-    const S* at = static_cast<const S*>(x.data) + run.row * x.row + run.token(tile + t) * x.time + run.group * x.group +
-                  n * x.state;
-    const int64_t stride = by_time ? dn * x.state : run.step * dt * x.time;
+  __device__ static void each(const StateRows& x, const SelectiveRun<Z>& run, int states, int tile, const S* from,
+                              const F& f) {
+    const int t = first_token(x), n = first_state(x);
+    const int dt = by_time(x) ? 0 : kTokens, dn = by_time(x) ? Z::kThreads / kTile : 0;
+    const int64_t stride = by_time(x) ? dn * x.state : run.step * dt * x.time;
     const int tokens = run.count - tile - t, rest = states - n;
-    const int along = by_time ? ceil_of<kSelectiveThreads / kTile>(rest) : ceil_of<kTokens ? kTokens : 1>(tokens);
+    const int along = by_time(x) ? ceil_of<Z::kThreads / kTile>(rest) : ceil_of<kTokens ? kTokens : 1>(tokens);
     const int existing = tokens > 0 && rest > 0 ? along : 0;
 #pragma unroll(Z::kRowsEarly ? Z::kRowLoads : 4)
     for (int i = 0; i < Z::kRowLoads; ++i) {
-      f(i, at, t + i * dt, n + i * dn, i < existing);
-      at += stride;
+      f(i, from, t + i * dt, n + i * dn, i < existing);
+      from += stride;
     }
   }
   __device__ static S fetch(const S* at, bool exists) {
@@ -275,14 +295,18 @@ struct RowLoad {
     if (exists) value = *at;
     return value;
   }
-  __device__ void load(const StateRows& x, const SelectiveRun<Z>& run, int states, int tile) {
+  __device__ void aim(const StateRows& x, const SelectiveRun<Z>& run, int tile) { at = first(x, run, tile); }
+  __device__ void load(const StateRows& x, const SelectiveRun<Z>& run, int states, int tile, int ahead) {
     if constexpr (Z::kRowsEarly) {
-      each(x, run, states, tile, [&](int i, const S* at, int, int, bool exists) { raw[i] = fetch(at, exists); });
+      each(x, run, states, tile, at,
+           [&](int i, const S* from, int, int, bool exists) { raw[i] = fetch(from, exists); });
+      at += run.step * ahead * x.time;
     }
   }
   __device__ void commit(float* to, const StateRows& x, const SelectiveRun<Z>& run, int states, int tile) const {
-    each(x, run, states, tile, [&](int i, const S* at, int t, int n, bool exists) {
-      const float value = to_float(Z::kRowsEarly ? raw[Z::kRowsEarly ? i : 0] : fetch(at, exists));
+    const S* late = Z::kRowsEarly ? nullptr : first(x, run, tile);
+    each(x, run, states, tile, late, [&](int i, const S* from, int t, int n, bool exists) {
+      const float value = to_float(Z::kRowsEarly ? raw[Z::kRowsEarly ? i : 0] : fetch(from, exists));
 #pragma unroll
       for (int o = 0; o < Orders; ++o) to[t * kPitch + o * Z::kStates + (n ^ o)] = value;
     });

@@ -106,8 +106,8 @@ SCHEMAS = {
     "pack_plan": "(Tensor source, int kind, SymInt padded_len, SymInt capacity)"
     " -> (Tensor cu_seqlens, Tensor indices, Tensor inverse, Tensor position_ids, Tensor tiles, Tensor stats)",
     "prefix_attention_fwd": "(Tensor scores, Tensor values, Tensor? mask, Tensor? reset, Tensor? cu_seqlens,"
-    " Tensor? m0, Tensor? u0, Tensor? w0, bool reverse, bool keep_sums)"
-    " -> (Tensor out, Tensor m, Tensor u, Tensor m_final, Tensor u_final, Tensor w_final)",
+    " Tensor? m0, Tensor? u0, Tensor? w0, bool reverse, bool keep_sums, bool keep_lse)"
+    " -> (Tensor out, Tensor m, Tensor u, Tensor lse, Tensor m_final, Tensor u_final, Tensor w_final)",
     "prefix_attention_bwd": "(Tensor dout, Tensor? dlse, Tensor? du_final, Tensor? dw_final, Tensor scores,"
     " Tensor values, Tensor? mask, Tensor? reset, Tensor? cu_seqlens, Tensor? m0, Tensor out, Tensor m, Tensor u,"
     " Tensor u_final, bool reverse) -> (Tensor dscores, Tensor dvalues, Tensor du0, Tensor dw0)",

@@ -163,14 +163,14 @@ def prefix_state_merge(a, b):
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, reverse, scores, values, mask, reset, cu_seqlens, m0, u0, w0):
-        result = backend.fwd(scores, values, mask, reset, cu_seqlens, m0, u0, w0, reverse, True)
-        out, m, u, m_final, u_final, w_final = result
+    def forward(ctx, backend, reverse, return_lse, scores, values, mask, reset, cu_seqlens, m0, u0, w0):
+        result = backend.fwd(scores, values, mask, reset, cu_seqlens, m0, u0, w0, reverse, True, return_lse)
+        out, m, u, lse, m_final, u_final, w_final = result
         ctx.save_for_backward(scores, values, mask, reset, cu_seqlens, m0, out, m, u, u_final)
         ctx.bwd, ctx.reverse = backend.bwd, reverse
         ctx.mark_non_differentiable(m_final)
         ctx.set_materialize_grads(False)
-        return out, m + u.log(), m_final, u_final, w_final
+        return out, lse, m_final, u_final, w_final
 
     @staticmethod
     def backward(ctx, dout, dlse, _, du_final, dw_final):
@@ -184,7 +184,7 @@ class _PrefixAttention(torch.autograd.Function):
         dscores, dvalues, du0, dw0 = ctx.bwd(dout, dlse, du_final, dw_final, *ctx.saved_tensors, reverse)
         if ctx.saved_tensors[5] is None:
             du0 = dw0 = None
-        return None, None, dscores, dvalues, None, None, None, None, du0, dw0
+        return None, None, None, dscores, dvalues, None, None, None, None, du0, dw0
 
 
 class _AarenScores(torch.autograd.Function):
@@ -205,10 +205,9 @@ def _run(backend, call, packed, output_final_state, return_lse):
     if backend.name == "reference":
         out, lse, *state = reference.prefix_attention(*call)
     elif checks.needs_grad(scores, values, u0, w0):
-        out, lse, *state = _PrefixAttention.apply(backend, reverse, *call[:-1])
+        out, lse, *state = _PrefixAttention.apply(backend, reverse, return_lse, *call[:-1])
     else:
-        out, m, u, *state = backend.fwd(*call, return_lse)
-        lse = m + u.log() if return_lse else None
+        out, _, _, lse, *state = backend.fwd(*call, False, return_lse)
     if packed:
         out, lse = out[0], lse[0] if return_lse else None
     extras = [PrefixState(*state)] if output_final_state else []
@@ -333,13 +332,16 @@ _AAREN_TABLE = dispatch.Table(
 
 
 @fake("prefix_attention_fwd")
-def _fwd_fake(scores, values, mask, reset, cu_seqlens, m0, u0, w0, reverse, keep_sums):
+def _fwd_fake(scores, values, mask, reset, cu_seqlens, m0, u0, w0, reverse, keep_sums, keep_lse):
     batch, length, heads, width = values.shape
     states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = {"dtype": checks.state_dtype(values)}
-    m, u = (values.new_empty((batch, length if keep_sums else 0, heads), **wide) for _ in range(2))
+    m, u, lse = (
+        values.new_empty((batch, length if keep else 0, heads), **wide) for keep in (keep_sums, keep_sums, keep_lse)
+    )
     m_final, u_final = (values.new_empty((states, heads), **wide) for _ in range(2))
-    return values.new_empty(values.shape), m, u, m_final, u_final, values.new_empty((states, heads, width), **wide)
+    w_final = values.new_empty((states, heads, width), **wide)
+    return values.new_empty(values.shape), m, u, lse, m_final, u_final, w_final
 
 
 @fake("prefix_attention_bwd")
