@@ -230,7 +230,7 @@ def _backward(
     wide = None if bias is not None else wide_backward(q.dtype, call.block, call.n, call.m)
     config = short(q.dtype, call.block, call.n, call.m, backward=True, alone=want_dbias)
     if wide is not None:
-        axial_attention_wide.backward(call, wide, dout, dlse, q, k, v, lse, dq, dk, dv, scale)
+        axial_attention_wide.backward(call, wide, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale)
     elif config is not None:
         dbias = _one_kernel(call, config, sharing, dout, dlse, q, k, v, dq, dk, dv, bias, scale, dbias)
     else:

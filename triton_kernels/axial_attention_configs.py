@@ -33,28 +33,36 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
     sequences share a tile only where one tile holds all their queries. alone: never several, for the gradient of a bias
     has one owner.
     """
-    streams = not (backward or biased or dtype == torch.float32)  # faster from 129 keys on, where it can
+    single, pad = dtype == torch.float32, power_of_two(max(n, m))
+    tiled = not (backward or biased or single) and width <= 64 and min(n, m) > PACKED_ROWS  # tensor cores like it
+    streams = not (backward or biased or single or tiled)  # faster from 129 keys on, where it can
     if max(n, m) > SHORT or (streams and max(n, m) > SHORT // 2):
         return None
-    single, pad = dtype == torch.float32, power_of_two(max(n, m))
     if pad <= PACKED_ROWS:
         pad = max(pad, 16 if alone else 1)
         rows = max(pad, 16 if alone else 32 if single or width > 128 else PACKED_ROWS)
         config = (pad, pad, rows // pad, rows, 4, 1)
     else:
         pad_q, pad_k = (max(power_of_two(x), 16) for x in (n, m))
-        rows = min(pad_q, 32 if backward or single else 64)
-        config = (pad_q, pad_k, 1, rows, 8 if backward or pad_k * width > 128 * 64 else 4, 1)
+        if tiled and pad == 128:  # one tile: everything that a program reads is asked for at once
+            config = (pad_q, pad_k, 1, 128, 8, 1)
+        elif tiled:
+            config = (pad_q, pad_k, 1, 64, 4, 3)
+        else:
+            rows = min(pad_q, 32 if backward or single else 64)
+            config = (pad_q, pad_k, 1, rows, 8 if backward or pad_k * width > 128 * 64 else 4, 1)
     fits = config[1] * config[2] * width <= ELEMENTS["float32" if single else "half"][backward]
     return config if fits else None
 
 
 def wide_backward(dtype, width, n, m):
-    """(BK, BM, num_warps, num_stages) of the kernel with transposed scores, or None where it is not for such lines."""
+    """((PARTS, BK, BM, num_warps, num_stages), options of the compiler) of the kernel with transposed scores, or None
+    where it is not for such lines."""
     if dtype == torch.float32 or not PACKED_ROWS < max(n, m) <= SHORT or width > 64:
         return None
-    keys = max(power_of_two(m), 64)
-    return (keys, 32, 8 if keys > 128 else 4, 2)
+    if m > 128:
+        return (2, 128, 32, 8, 4), {"maxnreg": 128}
+    return (1, max(power_of_two(m), 64), 32, 4, 4), {}
 
 
 def long_forward(dtype, width):
