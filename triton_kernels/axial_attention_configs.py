@@ -1,8 +1,10 @@
 """Tile shapes of the axial_attention kernels by dtype, head width and lengths of the axis.
 
 On an NVIDIA H100 80GB HBM3, 2026-11-23 (bfloat16, width 64, packed projections; as multiples of the time of a copy of
-the same bytes): forward 0.8 for lines of 16 to 64, 1.0 for 128, 1.25 for 256; backward 0.85 up to 64, 1.4 for 96 and
-128, 2.4 for 256. Other widths and float32 are not measured.
+the same bytes): forward 0.8 for lines of 16 to 64, backward 0.85. Other widths and float32 are not measured.
+
+With two stages Triton (3.6) issues the copies of a loop at its end and waits for them at its beginning; the first
+number of stages that hides their latency is three.
 
 Without triton, so that the choice of a backend can ask whether a program can hold a line.
 """
@@ -47,7 +49,7 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
         if tiled and pad == 128:  # one tile: everything that a program reads is asked for at once
             config = (pad_q, pad_k, 1, 128, 8, 1)
         elif tiled:
-            config = (pad_q, pad_k, 1, 64, 4, 3)
+            config = (-(-n // 64) * 64, pad_k, 1, 64, 4, 4)
         else:
             rows = min(pad_q, 32 if backward or single else 64)
             config = (pad_q, pad_k, 1, rows, 8 if backward or pad_k * width > 128 * 64 else 4, 1)
@@ -61,7 +63,7 @@ def wide_backward(dtype, width, n, m):
     if dtype == torch.float32 or not PACKED_ROWS < max(n, m) <= SHORT or width > 64:
         return None
     if m > 128:
-        return (2, 128, 32, 8, 4), {"maxnreg": 128}
+        return (2, 128, 32, 8, 3), {"maxnreg": 128}
     return (1, max(power_of_two(m), 64), 32, 4, 4), {}
 
 

@@ -1,8 +1,12 @@
-"""Backward of axial_attention for lines of 65 to 256 in half precision: one kernel, a program owns one line's keys.
+"""Backward of axial_attention for lines of 65 to 256 in half precision: one kernel, a program owns one line.
 
 Scores are transposed, keys by queries: probabilities and their gradients then enter the products for dV and dK from the
 registers in which they were computed, and query tiles may be narrower than the 64 rows that a tensor-core product
 needs of its first operand. That leaves room for dK and dV in registers, and for a second program on a processor.
+
+The sums of dK and dV of more than 128 keys would leave no room for that second program. Such lines go past in parts of
+128 keys, one after the other: a part adds its share of dQ to what the parts before it stored, in the dtype of dQ, and
+rowsum(P dP), which no part knows alone, is rowsum(dO O), written down by the first.
 """
 
 import torch
@@ -20,9 +24,9 @@ SIZE_ARGUMENTS = ("n", "m", "shift")
 def _rows(
     base, sequence, head, start, BLOCK: tl.constexpr, SIZES: tl.constexpr, STRIDES: tl.constexpr, RANK: tl.constexpr
 ):  # fmt: skip
-    """Pointers to BLOCK rows of a line from `start` on: one 64-bit base and, where they fit, 32-bit steps from it, for
-    64-bit pointers of every tensor would take the registers that a second program needs."""
-    first = base + offset(sequence, SIZES, STRIDES, RANK) + head * STRIDES[1] + tl.full([], start, tl.int64) * STRIDES[0]
+    """Pointers to BLOCK rows of a line from `start` on: one 64-bit base and, where they fit, 32-bit steps from it."""
+    first = base + offset(sequence, SIZES, STRIDES, RANK) + head * STRIDES[1]
+    first += tl.full([], start, tl.int64) * STRIDES[0]
     steps = tl.arange(0, BLOCK)
     if STRIDES[0] * BLOCK >= 2**31:
         steps = steps.to(tl.int64)
@@ -31,8 +35,8 @@ def _rows(
 
 @triton.jit
 def _load_values(rows, inside):
-    """Values of rows. A plain load would be done in the layout of the scores, where each thread holds a quarter of the
-    rows, with as many 64-bit pointers; a sum over one column keeps it to a row a thread."""
+    """A value of each row. A plain load would take the layout of the scores, where every thread has a quarter of the
+    rows and so many 64-bit pointers that registers run out; the sum over a single column keeps it from that."""
     return tl.sum(tl.load(rows[:, None], mask=inside[:, None], other=0.0), 1)
 
 
@@ -45,13 +49,18 @@ def axial_attention_wide_bwd_kernel(
     PARTS: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
+    blocks = ()  # loads of all parts are under way before the first is used
     for part in tl.static_range(PARTS):
-        if part > 0:
-            tl.debug_barrier()  # delta and dq of the part before are read by other threads than wrote them
-        keys = part * BK + tl.arange(0, BK)
-        keys_inside = keys < m
+        keys_inside = part * BK + tl.arange(0, BK) < m
         kb = load_line(_rows(k, sequence, 0, part * BK, BK, SIZES, K, RANK), keys_inside, D, BD)
         vb = load_line(_rows(v, sequence, 0, part * BK, BK, SIZES, V, RANK), keys_inside, DV, BD)
+        blocks += ((kb, vb),)
+    for part in tl.static_range(PARTS):
+        if part > 0:
+            tl.debug_barrier()  # what the part before stored is read by other threads
+        keys = part * BK + tl.arange(0, BK)
+        keys_inside = keys < m
+        kb, vb = blocks[part]
         dk_sum = tl.zeros([BK, BD], tl.float32)
         dv_sum = tl.zeros([BK, BD], tl.float32)
         for head in range(GROUP):
