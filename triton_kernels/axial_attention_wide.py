@@ -90,7 +90,7 @@ def axial_attention_wide_bwd_kernel(
                 if part == 0:
                     if dlse is not None:
                         rows = _rows(dlse, sequence, head, start, BM, SIZES, DLSE, RANK)
-                        row_delta -= tl.load(rows, mask=empty == 0, other=0.0)
+                        row_delta -= tl.where(empty, 0.0, _load_values(rows, inside))
                     if PARTS > 1:
                         tl.store(_rows(delta, sequence, head, start, BM, SIZES, LSE, RANK), row_delta, mask=inside)
                 ds = (p * (dp - row_delta[None, :])).to(qb.dtype)
