@@ -36,9 +36,9 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
     has one owner.
     """
     single, pad = dtype == torch.float32, power_of_two(max(n, m))
-    tiled = not (backward or biased or single) and width <= 64 and min(n, m) > PACKED_ROWS  # tensor cores like it
-    streams = not (backward or biased or single or tiled)  # faster from 129 keys on, where it can
-    if max(n, m) > SHORT or (streams and max(n, m) > SHORT // 2):
+    plain = not (backward or biased or single)  # where streaming the keys of more than 128 is the other choice
+    tiled = plain and width <= 64 and min(n, m) > PACKED_ROWS
+    if max(n, m) > SHORT or (plain and not tiled and max(n, m) > SHORT // 2):
         return None
     if pad <= PACKED_ROWS:
         pad = max(pad, 16 if alone else 1)
@@ -46,9 +46,9 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
         config = (pad, pad, rows // pad, rows, 4, 1)
     else:
         pad_q, pad_k = (max(power_of_two(x), 16) for x in (n, m))
-        if tiled and pad == 128:  # one tile: everything that a program reads is asked for at once
+        if tiled and pad == 128:  # one tile, so that all loads are under way before the first is used
             config = (pad_q, pad_k, 1, 128, 8, 1)
-        elif tiled:
+        elif tiled:  # the scores of 64 rows are 128 registers a thread: two programs on a processor
             config = (-(-n // 64) * 64, pad_k, 1, 64, 4, 4)
         else:
             rows = min(pad_q, 32 if backward or single else 64)
@@ -59,7 +59,7 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
 
 def wide_backward(dtype, width, n, m):
     """((PARTS, BK, BM, num_warps, num_stages), options of the compiler) of the kernel with transposed scores, or None
-    where it is not for such lines."""
+    where it is not for such lines. Two programs fit on a processor, in registers and in shared memory."""
     if dtype == torch.float32 or not PACKED_ROWS < max(n, m) <= SHORT or width > 64:
         return None
     if m > 128:
