@@ -45,10 +45,11 @@ def _softmax(
         s = tl.dot(qb * unit, tl.trans(kb), input_precision=PRECISION)
     else:
         s = tl.dot(qb, tl.trans(kb), input_precision=PRECISION) * unit
-    keep = keys_inside[None, :] & inside[:, None]
+    keep = keys_inside[None, :]  # rows outside get probabilities that nothing uses
     if bias is not None:
         rows = line_pointers(bias, sequence, head, position, SIZES, BIAS, RANK)
-        added = tl.load(rows[:, None] + keys[None, :] * BIAS[2 + RANK], mask=keep, other=0.0).to(tl.float32)
+        there = keep & inside[:, None]
+        added = tl.load(rows[:, None] + keys[None, :] * BIAS[2 + RANK], mask=there, other=0.0).to(tl.float32)
         s += added if PRECISION == "tf32x3" else added * LOG2E
     if MASK > 0:
         keep = keep & (keys[None, :] <= position[:, None] + shift)
