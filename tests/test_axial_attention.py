@@ -46,7 +46,7 @@ def test_length_regimes(backend, place, lengths, mask):
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=("full", "causal", "exclusive"))
-@pytest.mark.parametrize("lengths", ((65, 65), (130, 70), (70, 200)), ids=str)
+@pytest.mark.parametrize("lengths", ((65, 65), (130, 70), (70, 200), (200, 150)), ids=str)
 @on_backends
 def test_length_regimes_in_half_precision(backend, place, lengths, mask):
     n, m = lengths

@@ -1,5 +1,6 @@
 """axial_attention: memory, edge cases, bits, errors, compilation."""
 
+import numpy
 import pytest
 import torch
 from axial_oracle import inputs, on_backends, ours, run
@@ -106,6 +107,19 @@ def test_six_axes_that_do_not_merge(backend, place):
     qkv = memory[tuple(slice(0, s) for s in sizes)]
     q, k, v = qkv.unbind(-3)
     assert torch.equal(fa.axial_attention(q, k, v, 3), fa.axial_attention(*(x.contiguous() for x in (q, k, v)), 3))
+
+
+@on_backends
+def test_rows_far_apart(backend, place):
+    """Steps past 2**31 elements between rows of one line."""
+    n, step = 130, 1 << 24
+    memory = torch.from_numpy(numpy.zeros(n * step, numpy.float16)).to(place)  # zeros that no host page holds
+    far = [memory.as_strided((1, n, 1, 8), (0, step, 8, 1), 8 * i) for i in range(3)]
+    near = [torch.randn(1, n, 1, 8, dtype=torch.float16, device=place) for _ in far]
+    for x, y in zip(far, near):
+        x.copy_(y)
+    results = [run(ours, [x.requires_grad_() for x in tensors], axis=1) for tensors in (far, near)]
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @on_backends

@@ -45,10 +45,11 @@ def _softmax(
         s = tl.dot(qb * unit, tl.trans(kb), input_precision=PRECISION)
     else:
         s = tl.dot(qb, tl.trans(kb), input_precision=PRECISION) * unit
-    keep = keys_inside[None, :] & inside[:, None]
+    keep = keys_inside[None, :]  # rows outside get probabilities that nothing uses
     if bias is not None:
         rows = line_pointers(bias, sequence, head, position, SIZES, BIAS, RANK)
-        added = tl.load(rows[:, None] + keys[None, :] * BIAS[2 + RANK], mask=keep, other=0.0).to(tl.float32)
+        there = keep & inside[:, None]
+        added = tl.load(rows[:, None] + keys[None, :] * BIAS[2 + RANK], mask=there, other=0.0).to(tl.float32)
         s += added if PRECISION == "tf32x3" else added * LOG2E
     if MASK > 0:
         keep = keep & (keys[None, :] <= position[:, None] + shift)
@@ -230,7 +231,7 @@ def _backward(
     wide = None if bias is not None else wide_backward(q.dtype, call.block, call.n, call.m)
     config = short(q.dtype, call.block, call.n, call.m, backward=True, alone=want_dbias)
     if wide is not None:
-        axial_attention_wide.backward(call, wide, dout, dlse, q, k, v, lse, dq, dk, dv, scale)
+        axial_attention_wide.backward(call, wide, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale)
     elif config is not None:
         dbias = _one_kernel(call, config, sharing, dout, dlse, q, k, v, dq, dk, dv, bias, scale, dbias)
     else:

@@ -1,8 +1,10 @@
 """Tile shapes of the axial_attention kernels by dtype, head width and lengths of the axis.
 
 On an NVIDIA H100 80GB HBM3, 2026-11-23 (bfloat16, width 64, packed projections; as multiples of the time of a copy of
-the same bytes): forward 0.8 for lines of 16 to 64, 1.0 for 128, 1.25 for 256; backward 0.85 up to 64, 1.4 for 96 and
-128, 2.4 for 256. Other widths and float32 are not measured.
+the same bytes): forward 0.8 for lines of 16 to 64, backward 0.85. Other widths and float32 are not measured.
+
+With two stages Triton (3.6) issues the copies of a loop at its end and waits for them at its beginning; the first
+number of stages that hides their latency is three.
 
 Without triton, so that the choice of a backend can ask whether a program can hold a line.
 """
@@ -33,28 +35,36 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
     sequences share a tile only where one tile holds all their queries. alone: never several, for the gradient of a bias
     has one owner.
     """
-    streams = not (backward or biased or dtype == torch.float32)  # faster from 129 keys on, where it can
-    if max(n, m) > SHORT or (streams and max(n, m) > SHORT // 2):
-        return None
     single, pad = dtype == torch.float32, power_of_two(max(n, m))
+    plain = not (backward or biased or single)  # where streaming the keys of more than 128 is the other choice
+    tiled = plain and width <= 64 and min(n, m) > PACKED_ROWS
+    if max(n, m) > SHORT or (plain and not tiled and max(n, m) > SHORT // 2):
+        return None
     if pad <= PACKED_ROWS:
         pad = max(pad, 16 if alone else 1)
         rows = max(pad, 16 if alone else 32 if single or width > 128 else PACKED_ROWS)
         config = (pad, pad, rows // pad, rows, 4, 1)
     else:
         pad_q, pad_k = (max(power_of_two(x), 16) for x in (n, m))
-        rows = min(pad_q, 32 if backward or single else 64)
-        config = (pad_q, pad_k, 1, rows, 8 if backward or pad_k * width > 128 * 64 else 4, 1)
+        if tiled and pad == 128:  # one tile, so that all loads are under way before the first is used
+            config = (pad_q, pad_k, 1, 128, 8, 1)
+        elif tiled:  # the scores of 64 rows are 128 registers a thread: two programs on a processor
+            config = (-(-n // 64) * 64, pad_k, 1, 64, 4, 4)
+        else:
+            rows = min(pad_q, 32 if backward or single else 64)
+            config = (pad_q, pad_k, 1, rows, 8 if backward or pad_k * width > 128 * 64 else 4, 1)
     fits = config[1] * config[2] * width <= ELEMENTS["float32" if single else "half"][backward]
     return config if fits else None
 
 
 def wide_backward(dtype, width, n, m):
-    """(BK, BM, num_warps, num_stages) of the kernel with transposed scores, or None where it is not for such lines."""
+    """((PARTS, BK, BM, num_warps, num_stages), options of the compiler) of the kernel with transposed scores, or None
+    where it is not for such lines. Two programs fit on a processor, in registers and in shared memory."""
     if dtype == torch.float32 or not PACKED_ROWS < max(n, m) <= SHORT or width > 64:
         return None
-    keys = max(power_of_two(m), 64)
-    return (keys, 32, 8 if keys > 128 else 4, 2)
+    if m > 128:
+        return (2, 128, 32, 8, 3), {"maxnreg": 128}
+    return (1, max(power_of_two(m), 64), 32, 4, 4), {}
 
 
 def long_forward(dtype, width):
