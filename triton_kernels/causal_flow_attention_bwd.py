@@ -17,7 +17,6 @@ import triton.language as tl
 from .causal_flow_attention import (
     CAUSAL_LIMIT,
     UNSPECIALIZED,
-    both_features,
     constants_of,
     numbers,
     scan_states,
@@ -33,6 +32,7 @@ from .flow_features import (
     dot_state,
     kept,
     launch_key,
+    load_features,
     load_row,
     load_state,
     load_tile,
@@ -126,9 +126,9 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
+            fq_wide = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk_wide = load_features(k, stride_kt, rows, cols, keep, D, RELU)
+            fq, fk = narrow(fq_wide, q), narrow(fk_wide, k)
             n = numbers(mask, keep, offs, first, seen)
             incoming = tl.load(flows + rows, mask=keep, other=1.0)
             running = tl.load(flows + 4 * plane + rows, mask=keep, other=1.0)
@@ -173,9 +173,9 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
+            fq_wide = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk_wide = load_features(k, stride_kt, rows, cols, keep, D, RELU)
+            fq, fk = narrow(fq_wide, q), narrow(fk_wide, k)
             w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             values = load_tile(v, stride_vt, rows, cols_v, keep, M)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
@@ -194,8 +194,8 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            fq, _ = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
-            fk, _ = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            fq = narrow(load_features(q, stride_qt, rows, cols, keep, D, RELU), q)
+            fk = narrow(load_features(k, stride_kt, rows, cols, keep, D, RELU), k)
             w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
             p = tl.dot(fk, tl.trans(fq), input_precision=PRECISION)  # k_j . q_i
@@ -225,8 +225,8 @@ def causal_flow_attention_bwd_kernel(
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             seen -= _taken(mask, keep)
-            _, fq = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
-            _, fk = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            fq = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
             conserved_q, conserved_k = _plane(flows, 2, plane, rows, keep), _plane(flows, 3, plane, rows, keep)
             x = tl.exp(clamped(conserved_k, clamp))
@@ -263,9 +263,9 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
+            fq_wide = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk_wide = load_features(k, stride_kt, rows, cols, keep, D, RELU)
+            fq, fk = narrow(fq_wide, q), narrow(fk_wide, k)
             r, a, b = (
                 _plane(terms, 0, plane, rows, keep),
                 _plane(terms, 6, plane, rows, keep),
@@ -319,8 +319,8 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw = load_tile(q, stride_qt, rows, cols, keep, D)
-            fk, _ = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            own = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk = narrow(load_features(k, stride_kt, rows, cols, keep, D, RELU), k)
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
             a, b = _plane(terms, 6, plane, rows, keep), _plane(terms, 7, plane, rows, keep)
@@ -337,7 +337,7 @@ def causal_flow_attention_bwd_kernel(
             d += a[:, None] * (gq2 + load_row(after + at + 3 * D, cols, D))[None, :]
             d += (gq1 + load_row(after + at + D, cols, D))[None, :]
             d += (a * tl.cumsum(u, 0, reverse=True) + tl.cumsum(d_out, 0, reverse=True))[:, None] * eps_row[None, :]
-            d *= slope(raw, RELU)
+            d *= slope(own, RELU)
             store_tile(dq, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
             kv = tl.dot(tl.trans(narrow(values * w[:, None], v)), fk, kv, input_precision=PRECISION)
     if STAGE == 0 or STAGE == 6:
@@ -351,8 +351,8 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw = load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, _ = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
+            own = load_features(k, stride_kt, rows, cols, keep, D, RELU)
+            fq = narrow(load_features(q, stride_qt, rows, cols, keep, D, RELU), q)
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
             a, b = _plane(terms, 6, plane, rows, keep), _plane(terms, 7, plane, rows, keep)
@@ -369,7 +369,7 @@ def causal_flow_attention_bwd_kernel(
             d += b[:, None] * (gk2 + load_row(after + at + 2 * D, cols, D))[None, :]
             d += (gk1 + load_row(after + at, cols, D))[None, :]
             d += (b * tl.cumsum(c, 0, reverse=True) + tl.cumsum(d_in, 0, reverse=True))[:, None] * eps_row[None, :]
-            d *= slope(raw, RELU)
+            d *= slope(own, RELU)
             store_tile(dk, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
             r_state = tl.dot(tl.trans(narrow(grads * z[:, None], dy)), fq, r_state, input_precision=PRECISION)
 

@@ -17,9 +17,9 @@ from .flow_attention_configs import SLICES, flow_config, flow_splits
 from .flow_features import (
     add,
     clamped,
-    features,
     kept,
     launch_key,
+    load_features,
     load_state,
     load_tile,
     mask_strides,
@@ -78,7 +78,7 @@ def _sum_features(
     for first in range(begin, end, TILE):
         rows = first + offs
         keep = kept(mask, stride_m, rows, rows < end)
-        totals += features(load_tile(x, stride, rows, cols, keep, D), keep, cols, D, RELU)
+        totals += load_features(x, stride, rows, cols, keep, D, RELU)
         if mask is not None:
             count += tl.sum(keep.to(tl.int32), 0)
     return tl.sum(totals, 0), count if mask is not None else tl.maximum(end - begin, 0)
@@ -95,7 +95,7 @@ def _first_flow(
         rows = first + offs
         inside = rows < end
         keep = kept(mask, stride_m, rows, inside)
-        f = features(load_tile(x, stride, rows, cols, keep, D), keep, cols, D, RELU)
+        f = load_features(x, stride, rows, cols, keep, D, RELU)
         flow = tl.sum((f + eps_row[None, :]) * (other + eps_row)[None, :], 1) + extra
         flow = tl.where(keep & (alone == 0), flow, 1.0)
         tl.store(flows + rows, flow, mask=inside)
@@ -176,7 +176,7 @@ def flow_attention_fwd_kernel(
             rows = first + offs
             inside = rows < end_k
             keep = kept(key_mask, stride_kmt, rows, inside)
-            f = features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, D, RELU)
+            f = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             conserved = tl.sum((f + eps_row[None, :]) * (q2 + eps_row)[None, :], 1) + extra
             tl.store(flows_k + plane_k + rows, conserved, mask=inside)
             score = tl.where(keep, clamped(conserved, clamp), float("-inf"))
@@ -211,7 +211,7 @@ def flow_attention_fwd_kernel(
             rows = first + offs
             inside = rows < end_q
             keep = kept(query_mask, stride_qmt, rows, inside)
-            f = features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, D, RELU)
+            f = load_features(q, stride_qt, rows, cols, keep, D, RELU)
             conserved = tl.sum((f + eps_row[None, :]) * (k2 + eps_row)[None, :], 1) + extra
             tl.store(flows_q + plane_q + rows, conserved, mask=inside)
             factor = sigmoid(conserved * ratio) / tl.load(flows_q + rows, mask=inside, other=1.0)
