@@ -63,15 +63,16 @@ def program_of(segments, BACKWARDS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
-def running_rows(rows, count, stride, start, columns, WIDTH: tl.constexpr):
-    """Replaces each row by `start` plus all rows before it."""
+def running_rows(rows, count, stride, start, shift, columns, WIDTH: tl.constexpr):
+    """Replaces each of `count` rows, `stride` apart, by start + shift + all rows before it; start + all rows."""
     offs = tl.arange(0, 16)
     for first in range(0, count, 16):
         inside = (first + offs < count)[:, None] & (columns < WIDTH)[None, :]
         at = rows + (first + offs)[:, None] * stride + columns[None, :]
         own = tl.load(at, mask=inside, other=0.0)
-        tl.store(at, start[None, :] + (tl.cumsum(own, 0) - own), mask=inside)
+        tl.store(at, (start + shift)[None, :] + (tl.cumsum(own, 0) - own), mask=inside)
         start += tl.sum(own, 0)
+    return start
 
 
 @triton.jit
@@ -105,8 +106,8 @@ def seen_before(counts, count, s, segment, offs_row, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def causal_flow_attention_fwd_kernel(
     q, k, v, y, flows, factors, before, firsts, seconds, thirds, counts, states, starts, mask, cu, sums, total, count,
-    state, sums_final, total_final, state_final, length, total_rows, batch, segments, tiles, clamp, eps, extra, stride_qb, stride_qt,
-    stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb, stride_mt,
+    state, sums_final, total_final, state_final, length, total_rows, batch, segments, tiles, clamp, eps, extra,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb, stride_mt,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +136,7 @@ def causal_flow_attention_fwd_kernel(
     before += (index * tiles + begin // C) * 4 * D
     steps, last = tl.cdiv(end - begin, C), segment == segments - 1
     cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, C)
-    eps_row = tl.where(cols < D, eps, 0.0)
+    pair = tl.arange(0, 2 * BD)  # columns of two rows
     sums_final += index * 4 * D
 
     if STAGE == 0 or STAGE == 1:
@@ -151,8 +152,7 @@ def causal_flow_attention_fwd_kernel(
             if mask is not None:
                 taken += tl.sum(keep.to(tl.int32), 0)
         tl.debug_barrier()
-        tl.store(firsts + segment * 2 * D + cols, total_of(before, steps, 4 * D, cols, D), mask=cols < D)
-        tl.store(firsts + segment * 2 * D + D + cols, total_of(before + D, steps, 4 * D, cols, D), mask=cols < D)
+        tl.store(firsts + segment * 2 * D + pair, total_of(before, steps, 4 * D, pair, 2 * D), mask=pair < 2 * D)
         if mask is not None:
             tl.store(counts + segment, taken)
         tl.debug_barrier()
@@ -161,17 +161,12 @@ def causal_flow_attention_fwd_kernel(
         if mask is not None:
             seen_first = seen
     if STAGE == 0 or STAGE == 2:
-        k1 = total_of(firsts, segment, 2 * D, cols, D)
-        q1 = total_of(firsts + D, segment, 2 * D, cols, D)
+        carried = total_of(firsts, segment, 2 * D, pair, 2 * D)
         if sums is not None:
-            k1 += load_row(sums + index * 4 * D, cols, D)
-            q1 += load_row(sums + (index * 4 + 1) * D, cols, D)
+            carried += load_row(sums + index * 4 * D, pair, 2 * D)
+        carried = running_rows(before, steps, 4 * D, carried, eps, pair, 2 * D)
         if last:
-            k1_all, q1_all = load_row(firsts + segment * 2 * D, cols, D), load_row(firsts + segment * 2 * D + D, cols, D)
-            tl.store(sums_final + cols, k1 + k1_all, mask=cols < D)
-            tl.store(sums_final + D + cols, q1 + q1_all, mask=cols < D)
-        running_rows(before, steps, 4 * D, k1 + eps_row, cols, D)
-        running_rows(before + D, steps, 4 * D, q1 + eps_row, cols, D)
+            tl.store(sums_final + pair, carried, mask=pair < 2 * D)
         tl.debug_barrier()
         for first in range(begin, end, C):
             rows = first + offs
@@ -181,9 +176,9 @@ def causal_flow_attention_fwd_kernel(
             fk = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
             at = before + (first - begin) // C * 4 * D
-            k1_here, q1_here = load_row(at, cols, D), load_row(at + D, cols, D)
-            incoming = dot_with_eps(fq, sums_up_to(fk, k) + k1_here[None, :], eps) + extra
-            outgoing = dot_with_eps(fk, sums_up_to(fq, q) + q1_here[None, :], eps) + extra
+            k1, q1 = load_row(at, cols, D), load_row(at + D, cols, D)
+            incoming = dot_with_eps(fq, sums_up_to(fk, k) + k1[None, :], eps) + extra
+            outgoing = dot_with_eps(fk, sums_up_to(fq, q) + q1[None, :], eps) + extra
             incoming, outgoing = tl.where(keep, incoming, 1.0), tl.where(keep, outgoing, 1.0)
             tl.store(flows + rows, incoming, mask=inside)
             tl.store(flows + plane + rows, outgoing, mask=inside)
@@ -192,24 +187,18 @@ def causal_flow_attention_fwd_kernel(
             if mask is not None:
                 seen += tl.sum(keep.to(tl.int32), 0)
         tl.debug_barrier()
-        tl.store(seconds + segment * 2 * D + cols, total_of(before + 2 * D, steps, 4 * D, cols, D), mask=cols < D)
-        tl.store(seconds + segment * 2 * D + D + cols, total_of(before + 3 * D, steps, 4 * D, cols, D), mask=cols < D)
+        total_here = total_of(before + 2 * D, steps, 4 * D, pair, 2 * D)
+        tl.store(seconds + segment * 2 * D + pair, total_here, mask=pair < 2 * D)
         tl.debug_barrier()
     if STAGE == 0 or STAGE == 3:
         if mask is not None:
             seen = seen_first
-        k2 = total_of(seconds, segment, 2 * D, cols, D)
-        q2 = total_of(seconds + D, segment, 2 * D, cols, D)
+        carried = total_of(seconds, segment, 2 * D, pair, 2 * D)
         if sums is not None:
-            k2 += load_row(sums + (index * 4 + 2) * D, cols, D)
-            q2 += load_row(sums + (index * 4 + 3) * D, cols, D)
+            carried += load_row(sums + (index * 4 + 2) * D, pair, 2 * D)
+        carried = running_rows(before + 2 * D, steps, 4 * D, carried, eps, pair, 2 * D)
         if last:
-            k2_all = load_row(seconds + segment * 2 * D, cols, D)
-            q2_all = load_row(seconds + segment * 2 * D + D, cols, D)
-            tl.store(sums_final + 2 * D + cols, k2 + k2_all, mask=cols < D)
-            tl.store(sums_final + 3 * D + cols, q2 + q2_all, mask=cols < D)
-        running_rows(before + 2 * D, steps, 4 * D, k2 + eps_row, cols, D)
-        running_rows(before + 3 * D, steps, 4 * D, q2 + eps_row, cols, D)
+            tl.store(sums_final + 2 * D + pair, carried, mask=pair < 2 * D)
         tl.debug_barrier()
         summed, summed_lost = 0.0, 0.0
         for first in range(begin, end, C):
@@ -222,9 +211,9 @@ def causal_flow_attention_fwd_kernel(
             incoming = tl.load(flows + rows, mask=keep, other=1.0)
             a, b = n / incoming, n / tl.load(flows + plane + rows, mask=keep, other=1.0)
             at = before + (first - begin) // C * 4 * D + 2 * D
-            k2_here, q2_here = load_row(at, cols, D), load_row(at + D, cols, D)
-            conserved_q = (dot_with_eps(fq, sums_up_to(fk * b[:, None], k) + k2_here[None, :], eps) + extra) / n
-            conserved_k = (dot_with_eps(fk, sums_up_to(fq * a[:, None], q) + q2_here[None, :], eps) + extra) / n
+            k2, q2 = load_row(at, cols, D), load_row(at + D, cols, D)
+            conserved_q = (dot_with_eps(fq, sums_up_to(fk * b[:, None], k) + k2[None, :], eps) + extra) / n
+            conserved_k = (dot_with_eps(fk, sums_up_to(fq * a[:, None], q) + q2[None, :], eps) + extra) / n
             tl.store(flows + 2 * plane + rows, conserved_q, mask=inside)
             tl.store(flows + 3 * plane + rows, conserved_k, mask=inside)
             tl.store(factors + rows, tl.where(keep, sigmoid(conserved_q) / incoming, 0.0), mask=inside)
@@ -270,6 +259,7 @@ def causal_flow_attention_fwd_kernel(
             kv = load_state(starts, cols, cols_v, D, M)
         elif state is not None:
             kv = load_state(state + index * D * M, cols, cols_v, D, M)
+        lower = offs[:, None] >= offs[None, :]
         for first in range(begin, end, C):
             rows = first + offs
             inside = rows < end
@@ -280,7 +270,7 @@ def causal_flow_attention_fwd_kernel(
             w = tl.load(factors + plane + rows, mask=inside, other=0.0)
             values = narrow(load_tile(v, stride_vt, rows, cols_v, keep, M) * w[:, None], v)
             p = tl.dot(fq, tl.trans(fk), input_precision=PRECISION)
-            p = narrow(tl.where(offs[:, None] >= offs[None, :], p, 0.0), q)
+            p = narrow(tl.where(lower, p, 0.0), q)
             out = tl.dot(p, values, input_precision=PRECISION)
             out = tl.dot(fq, narrow(kv, q), out, input_precision=PRECISION)
             store_tile(y, HEADS * M, rows, cols_v, inside, out * z[:, None], M)

@@ -156,6 +156,14 @@ def sums_up_to(x, base):
 
 
 @triton.jit
+def sums_from(x, base, PRECISION: tl.constexpr):
+    """Row i: the sum of rows i.. of x, an operand of products."""
+    offs = tl.arange(0, x.shape[0])
+    ones = tl.where(offs[:, None] <= offs[None, :], 1.0, 0.0)
+    return tl.dot(narrow(ones, base), narrow(x, base), input_precision=PRECISION)
+
+
+@triton.jit
 def total_of(parts, count, stride, columns, WIDTH: tl.constexpr):
     """The sum of the first `count` rows, WIDTH wide and `stride` apart, in an order that does not change."""
     total, offs = tl.zeros(columns.shape, tl.float32), tl.arange(0, 32)
