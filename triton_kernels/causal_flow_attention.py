@@ -31,6 +31,7 @@ from .flow_features import (
     mask_strides,
     narrow,
     precision,
+    program_of,
     sequence,
     sigmoid,
     store_state,
@@ -51,15 +52,6 @@ def segment_of(segment, segments, tokens, longest, C: tl.constexpr):
     """(first, end) of a segment: whole tiles, cut alike in all sequences of a call."""
     size = tl.cdiv(tl.cdiv(longest, segments), C) * C
     return tl.minimum(segment * size, tokens), tl.minimum(segment * size + size, tokens)
-
-
-@triton.jit
-def program_of(segments, BACKWARDS: tl.constexpr, HEADS: tl.constexpr):
-    """(sequence, segment, head) of a program. Heads, whose rows are neighbours in memory, are next to each other, and
-    every other pass goes backwards: it begins with what the pass before left in the cache."""
-    program = tl.num_programs(0) - 1 - tl.program_id(0) if BACKWARDS else tl.program_id(0)
-    at = program // HEADS
-    return at // segments, at % segments, program % HEADS
 
 
 @triton.jit
@@ -107,14 +99,16 @@ def seen_before(counts, count, s, segment, offs_row, ROWS: tl.constexpr):
 def causal_flow_attention_fwd_kernel(
     q, k, v, y, flows, factors, before, firsts, seconds, thirds, counts, states, starts, mask, cu, sums, total, count,
     state, sums_final, total_final, state_final, length, total_rows, batch, segments, tiles, clamp, eps, extra,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb, stride_mt,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mb,
+    stride_mt,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """STAGE 1..5 runs one pass, 0 all of them for the one segment of each head.
 
-    factors: planes of A / I and w, 0 where a token takes no part. before: (heads, tiles, 4, D) sums of k, q, b k, a q from the start of its segment to each tile; firsts, seconds,
-    thirds, counts, states: of whole segments; starts: the states before them.
+    factors: planes of A / I and w, 0 where a token takes no part. before: (heads, tiles, 4, D) sums of k, q, b k, a q
+    of each tile, which the next pass turns into eps and those of all tiles before it; firsts, seconds, thirds, counts,
+    states: of segments; starts: the states before them.
     """
     s, segment, h = program_of(segments, STAGE % 2 == 0, HEADS)
     row, start, tokens = sequence(s, cu, length, total_rows)
@@ -334,7 +328,7 @@ def causal_flow_attention_fwd(q, k, v, mask, cu, sums, total, count, state, relu
     if programs == 0:
         return y, flows, sums_final, total_final, state_final
     constants = constants_of(q, k, v, relu)
-    segments, tile = causal_segments(programs, length), causal_config(q.dtype, constants[4:6], "fwd", 0)[0]
+    segments, tile = causal_segments(programs, length), causal_config(q.dtype, constants[4:6], "fwd", 0)[0][0]
     tiles = max(1, triton.cdiv(length, tile))
     factors = flows.new_empty((2, batch, heads, length))
     before = flows.new_empty((programs, tiles, 4, width))
@@ -344,13 +338,13 @@ def causal_flow_attention_fwd(q, k, v, mask, cu, sums, total, count, state, relu
     strides = (*time_strides(q, k, v), *mask_strides(mask))
     key = launch_key(strides, q, k, v, mask, cu, sums, total, count, state)
     arguments = (
-        q, k, v, y, flows, factors, before, firsts, seconds, thirds, counts, states, starts, mask, cu, sums, total, count,
-        state, sums_final, total_final, state_final, length, length, batch, segments, tiles, min(clamp, CAUSAL_LIMIT),
-        eps, extra, *strides,
+        q, k, v, y, flows, factors, before, firsts, seconds, thirds, counts, states, starts, mask, cu, sums, total,
+        count, state, sums_final, total_final, state_final, length, length, batch, segments, tiles,
+        min(clamp, CAUSAL_LIMIT), eps, extra, *strides,
     )  # fmt: skip
     for stage in (0,) if segments == 1 else (1, 2, 3, 4, 5):
         if stage == 5:
             scan_states(states, state, starts, False)
-        config = causal_config(q.dtype, constants[4:6], "fwd", stage)
-        _fwd(programs * segments, key, arguments, (*constants, stage), config)
+        config, registers = causal_config(q.dtype, constants[4:6], "fwd", stage)
+        _fwd(programs * segments, key, arguments, (*constants, stage), config, maxnreg=registers)
     return y, flows, sums_final, total_final, state_final

@@ -19,7 +19,6 @@ from .causal_flow_attention import (
     UNSPECIALIZED,
     constants_of,
     numbers,
-    program_of,
     running_rows,
     scan_states,
     seen_before,
@@ -40,6 +39,7 @@ from .flow_features import (
     load_tile,
     mask_strides,
     narrow,
+    program_of,
     sequence,
     sigmoid,
     slope,
@@ -88,9 +88,9 @@ def causal_flow_attention_bwd_kernel(
     """STAGE 1..4 runs one pass, 5 and 6 the two walks of the last, 0 all of them for the one segment of each head.
 
     terms: planes of r, t, dP/n, dJ/n, dI, dO, a, b, w, z, the last two 0 where a token takes no part. before: as in the
-    forward; after: sums of dI (q + eps), dO (k + eps), dJ/n (q + eps), dP/n (k + eps) from behind each tile to the end
-    of its segment. firsts: K1, Q1, K2, Q2 of segments, seconds: t / running sum, thirds: the last two rows of after,
-    fourths: the first two.
+    forward; after: sums of dI (q + eps), dO (k + eps), dJ/n (q + eps), dP/n (k + eps) of each tile, which the next pass
+    turns into those of all tiles behind it. firsts: K1, Q1, K2, Q2 of segments, seconds: t / running sum, thirds: the
+    last two rows of after, fourths: the first two.
     """
     s, segment, h = program_of(segments, STAGE % 2 == 0, HEADS)
     row, start, tokens = sequence(s, cu, length, total_rows)
@@ -302,7 +302,6 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            own = load_features(q, stride_qt, rows, cols, keep, D, RELU)
             fk = narrow(load_features(k, stride_kt, rows, cols, keep, D, RELU), k)
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
@@ -320,7 +319,7 @@ def causal_flow_attention_bwd_kernel(
             d += a[:, None] * load_row(after + at + 3 * D, cols, D)[None, :]
             d += load_row(after + at + D, cols, D)[None, :]
             d += (a * tl.cumsum(u, 0, reverse=True) + tl.cumsum(d_out, 0, reverse=True))[:, None] * eps_row[None, :]
-            d *= slope(own, RELU)
+            d *= slope(load_features(q, stride_qt, rows, cols, keep, D, RELU), RELU)
             store_tile(dq, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
             kv = tl.dot(tl.trans(narrow(values * w[:, None], v)), fk, kv, input_precision=PRECISION)
     if STAGE == 0 or STAGE == 6:
@@ -334,7 +333,6 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            own = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             fq = narrow(load_features(q, stride_qt, rows, cols, keep, D, RELU), q)
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
@@ -352,7 +350,7 @@ def causal_flow_attention_bwd_kernel(
             d += b[:, None] * load_row(after + at + 2 * D, cols, D)[None, :]
             d += load_row(after + at, cols, D)[None, :]
             d += (b * tl.cumsum(c, 0, reverse=True) + tl.cumsum(d_in, 0, reverse=True))[:, None] * eps_row[None, :]
-            d *= slope(own, RELU)
+            d *= slope(load_features(k, stride_kt, rows, cols, keep, D, RELU), RELU)
             store_tile(dk, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
             r_state = tl.dot(tl.trans(narrow(grads * z[:, None], dy)), fq, r_state, input_precision=PRECISION)
 
@@ -392,7 +390,7 @@ def causal_flow_attention_bwd(
     if programs == 0:
         return dq, dk, dv, dsums0, dtotal0, dstate0
     constants = constants_of(q, k, v, relu)
-    segments, tile = causal_segments(programs, length), causal_config(q.dtype, constants[4:6], "bwd", 0)[0]
+    segments, tile = causal_segments(programs, length), causal_config(q.dtype, constants[4:6], "bwd", 0)[0][0]
     tiles = max(1, triton.cdiv(length, tile))  # of the longest sequence possible
     terms = flows.new_empty((10, batch, heads, length))
     before, after = (flows.new_empty((programs, tiles, 4, width)) for _ in range(2))
@@ -422,6 +420,6 @@ def causal_flow_attention_bwd(
         if stage == 2:
             scan_states(states, state, starts, False)
             scan_states(dstates, dstate, ends, True)
-        config = causal_config(q.dtype, constants[4:6], "bwd", stage)
-        _bwd(programs * segments, key, arguments, (*constants, stage), config)
+        config, registers = causal_config(q.dtype, constants[4:6], "bwd", stage)
+        _bwd(programs * segments, key, arguments, (*constants, stage), config, maxnreg=registers)
     return dq, dk, dv, dsums0, dtotal0, dstate0

@@ -25,6 +25,7 @@ from .flow_features import (
     mask_strides,
     narrow,
     precision,
+    program_of,
     sequence,
     sigmoid,
     store_state,
@@ -113,9 +114,8 @@ def flow_attention_fwd_kernel(
 ):  # fmt: skip
     """STAGE 1..4 runs one phase, 0 all of them. Partial sums: counts, firsts, seconds, (tops, states) by phase."""
     pieces = parts if STAGE == 3 else splits
-    index, split = tl.program_id(0) // pieces, tl.program_id(0) % pieces
-    s, h = index // HEADS, index % HEADS
-    index = tl.cast(index, tl.int64)
+    s, split, h = program_of(pieces, STAGE % 2 == 0, HEADS)
+    index = tl.cast(s * HEADS + h, tl.int64)
     row, start, length_q = sequence(s, cu, sinks, sinks)
     length_k = sources if cu is None else length_q
     row, start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
@@ -290,6 +290,7 @@ def flow_attention_fwd(q, k, v, key_mask, query_mask, cu, relu, clamp, eps, extr
     for stage in (0,) if splits == 1 else (1, 2, 3, 4):
         if stage == 4:
             add_states(partial, tops, counts, kv, lse, splits)
-        config = flow_config(q.dtype, constants[4:6], "fwd", stage)
-        _fwd(programs * (parts if stage == 3 else splits), key, arguments, (*constants, stage), config)
+        config, registers = flow_config(q.dtype, constants[4:6], "fwd", stage)
+        pieces = parts if stage == 3 else splits
+        _fwd(programs * pieces, key, arguments, (*constants, stage), config, maxnreg=registers)
     return y, flows_q, flows_k, sums, lse, kv

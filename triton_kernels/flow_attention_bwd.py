@@ -18,6 +18,7 @@ from .flow_features import (
     mask_strides,
     narrow,
     precision,
+    program_of,
     sequence,
     sigmoid,
     slope,
@@ -40,9 +41,8 @@ def flow_attention_bwd_kernel(
     RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums by phase: (firsts (1), states), seconds (4 rows and a scalar), thirds (1). r, t, dO by token."""
-    index, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    s, h = index // HEADS, index % HEADS
-    index = tl.cast(index, tl.int64)
+    s, split, h = program_of(splits, STAGE % 2 == 0, HEADS)
+    index = tl.cast(s * HEADS + h, tl.int64)
     row, start, length_q = sequence(s, cu, sinks, sinks)
     length_k = sources if cu is None else length_q
     row, start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
@@ -240,6 +240,6 @@ def flow_attention_bwd(dy, q, k, v, key_mask, query_mask, cu, flows_q, flows_k, 
     for stage in (0,) if splits == 1 else (1, 2, 3, 4):
         if stage == 2:
             add_states(partial, None, None, dkv, None, splits)
-        config = flow_config(q.dtype, constants[4:6], "bwd", stage)
-        _bwd(programs * splits, key, arguments, (*constants, stage), config)
+        config, registers = flow_config(q.dtype, constants[4:6], "bwd", stage)
+        _bwd(programs * splits, key, arguments, (*constants, stage), config, maxnreg=registers)
     return dq, dk, dv

@@ -47,6 +47,15 @@ def sequence(s, cu, length, total):
 
 
 @triton.jit
+def program_of(segments, BACKWARDS: tl.constexpr, HEADS: tl.constexpr):
+    """(sequence, segment, head) of a program. Heads, whose rows are neighbours in memory, are next to each other, and
+    every other pass goes backwards: it begins with what the pass before left in the cache."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0) if BACKWARDS else tl.program_id(0)
+    at = program // HEADS
+    return at // segments, at % segments, program % HEADS
+
+
+@triton.jit
 def load_tile(base, stride, rows, columns, keep, WIDTH: tl.constexpr):
     """Block (rows, columns) in float32, zeros in rows not kept and past WIDTH."""
     inside = keep[:, None] & (columns < WIDTH)[None, :]
