@@ -61,9 +61,11 @@ def running_rows(rows, count, stride, start, shift, columns, WIDTH: tl.constexpr
     for first in range(0, count, 16):
         inside = (first + offs < count)[:, None] & (columns < WIDTH)[None, :]
         at = rows + (first + offs)[:, None] * stride + columns[None, :]
-        own = tl.load(at, mask=inside, other=0.0)
-        tl.store(at, (start + shift)[None, :] + (tl.cumsum(own, 0) - own), mask=inside)
-        start += tl.sum(own, 0)
+        total = tl.sum(tl.load(at, mask=inside, other=0.0), 0)
+        ahead = tl.load(at - stride, mask=inside & (offs > 0)[:, None], other=0.0)
+        tl.debug_barrier()
+        tl.store(at, (start + shift)[None, :] + tl.cumsum(ahead, 0), mask=inside)
+        start += total
     return start
 
 
