@@ -3,15 +3,17 @@
 Each running sum feeds the next: those of phi(k), phi(q) give the flows I and O; those of b k, a q the conserved flows J
 and P; that of x = exp(P) the weights w; that of k (w v)^T the output. So there are five passes over the tokens, each
 one launch with a program a segment, which starts from the sum over the segments before it (the states' is a launch of
-its own). Inside a tile the products p = q k^T and k q^T hold the rest of every running sum. Short sequences take one
-program a head, which runs the passes one after the other in a single launch, its q and k in the caches.
+its own). A pass stores the sums of its tiles, and the next one turns them into what stands before each tile, so that no
+tile waits for the one before it. Inside a tile a product with a triangle of ones holds the rest of every running sum.
+Short sequences take one program a head, which runs the passes one after the other in a single launch, its q and k in
+the caches.
 
 Bytes, in tensors of q's size: 2 (q, k), 2 (q, k), 2 (q, k), 2 (k, v), 4 (q, k, v, y), together 12 where 4 must move.
 One pass would need the states of all segments before to be complete while its tile waits on chip, four times over.
 
-Flows have nearly float32's accuracy in all dtypes, since they decide at which tokens the clamp is reached. Coefficients
-of values and features, which may cancel, enter products as two bfloat16 numbers. Sums over the tiles of a segment are
-compensated.
+Flows have nearly float32's accuracy in all dtypes, since they decide at which tokens the clamp is reached. In the output
+nothing cancels (features and weights are positive), so that its products round coefficients to bfloat16 once. Sums are
+taken over tiles, over up to 16 of them, over segments and over up to 32 of those: no chain of additions is long.
 """
 
 import torch

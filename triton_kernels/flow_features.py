@@ -1,4 +1,4 @@
-"""Rows of features, masks and compensated sums that the Flow-Attention kernels share.
+"""Rows of features, masks and running sums that the Flow-Attention kernels share.
 
 Products of bfloat16 inputs have bfloat16 operands, rounded after the float32 computation of what they hold; sums, flows
 and weights use the unrounded values. A state that every token reads enters as two of them (`dot_state`) where a
