@@ -11,9 +11,9 @@ the caches.
 Bytes, in tensors of q's size: 2 (q, k), 2 (q, k), 2 (q, k), 2 (k, v), 4 (q, k, v, y), together 12 where 4 must move.
 One pass would need the states of all segments before to be complete while its tile waits on chip, four times over.
 
-Flows have nearly float32's accuracy in all dtypes, since they decide at which tokens the clamp is reached. In the output
-nothing cancels (features and weights are positive), so that its products round coefficients to bfloat16 once. Sums are
-taken over tiles, over up to 16 of them, over segments and over up to 32 of those: no chain of additions is long.
+Flows have nearly float32's accuracy in all dtypes, since they decide at which tokens the clamp is reached. In the
+output nothing cancels (features and weights are positive), so that products round their operands to bfloat16 once. Sums
+are taken over tiles, over up to 16 of them, over segments and over up to 32 of those: no chain of additions is long.
 """
 
 import torch
