@@ -17,9 +17,9 @@ import triton.language as tl
 from .causal_flow_attention import (
     CAUSAL_LIMIT,
     UNSPECIALIZED,
-    both_features,
     constants_of,
     numbers,
+    running_rows,
     scan_states,
     seen_before,
     segment_of,
@@ -33,16 +33,19 @@ from .flow_features import (
     dot_state,
     kept,
     launch_key,
+    load_features,
     load_row,
     load_state,
     load_tile,
     mask_strides,
     narrow,
+    program_of,
     sequence,
     sigmoid,
     slope,
     store_state,
     store_tile,
+    sums_from,
     time_strides,
     total_of,
 )
@@ -85,14 +88,13 @@ def causal_flow_attention_bwd_kernel(
     """STAGE 1..4 runs one pass, 5 and 6 the two walks of the last, 0 all of them for the one segment of each head.
 
     terms: planes of r, t, dP/n, dJ/n, dI, dO, a, b, w, z, the last two 0 where a token takes no part. before: as in the
-    forward; after: sums of dI (q + eps), dO (k + eps), dJ/n (q + eps), dP/n (k + eps) from behind each tile to the end
-    of its segment. firsts: K1, Q1, K2, Q2 of segments, seconds: t / running sum, thirds: the last two rows of after,
-    fourths: the first two.
+    forward; after: sums of dI (q + eps), dO (k + eps), dJ/n (q + eps), dP/n (k + eps) of each tile, which the next pass
+    turns into those of all tiles behind it. firsts: K1, Q1, K2, Q2 of segments, seconds: t / running sum, thirds: the
+    last two rows of after, fourths: the first two.
     """
-    index, segment = tl.program_id(0) // segments, tl.program_id(0) % segments
-    s, h = index // HEADS, index % HEADS
+    s, segment, h = program_of(segments, STAGE % 2 == 0, HEADS)
     row, start, tokens = sequence(s, cu, length, total_rows)
-    row, start, index = tl.cast(row, tl.int64), tl.cast(start, tl.int64), tl.cast(index, tl.int64)
+    row, start, index = tl.cast(row, tl.int64), tl.cast(start, tl.int64), tl.cast(s * HEADS + h, tl.int64)
     q += row * stride_qb + start * stride_qt + h * stride_qh
     k += row * stride_kb + start * stride_kt + h // GROUP * stride_kh
     v += row * stride_vb + start * stride_vt + h // GROUP * stride_vh
@@ -105,30 +107,31 @@ def causal_flow_attention_bwd_kernel(
     if mask is not None:
         mask += row * stride_mb + start * stride_mt
         counts += index * segments
-    before, after = before + index * tiles * 4 * D, after + index * tiles * 4 * D
     firsts, seconds = firsts + index * segments * 4 * D, seconds + index * segments
     thirds, fourths = thirds + index * segments * 2 * D, fourths + index * segments * 2 * D
     states += (index * segments + segment) * D * M
     dstates += (index * segments + segment) * D * M
     starts, ends = starts + (index * segments + segment) * D * M, ends + (index * segments + segment) * D * M
     begin, end = segment_of(segment, segments, tokens, length, C)
+    before += (index * tiles + begin // C) * 4 * D
+    after += (index * tiles + begin // C) * 4 * D
     steps, behind_us = tl.cdiv(end - begin, C), segments - 1 - segment
     cols, cols_v, offs = tl.arange(0, BD), tl.arange(0, BM), tl.arange(0, C)
     eps_row = tl.where(cols < D, eps, 0.0)
+    pair, four = tl.arange(0, 2 * BD), tl.arange(0, 4 * BD)  # columns of two rows and of four
     lower, upper = offs[:, None] >= offs[None, :], offs[:, None] <= offs[None, :]
     seen_first = seen_before(counts, count, s, segment, tl.arange(0, 32), 32)
 
     if STAGE == 0 or STAGE == 1:
-        seen, k1 = seen_first, tl.zeros([BD], tl.float32)
-        q1, k2, q2, k1_lost, q1_lost, k2_lost, q2_lost = k1, k1, k1, k1, k1, k1, k1
+        seen = seen_first
         kv, r_state = tl.zeros([BD, BM], tl.float32), tl.zeros([BD, BM], tl.float32)
         for first in range(begin, end, C):
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
+            fq_wide = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk_wide = load_features(k, stride_kt, rows, cols, keep, D, RELU)
+            fq, fk = narrow(fq_wide, q), narrow(fk_wide, k)
             n = numbers(mask, keep, offs, first, seen)
             incoming = tl.load(flows + rows, mask=keep, other=1.0)
             running = tl.load(flows + 4 * plane + rows, mask=keep, other=1.0)
@@ -139,26 +142,19 @@ def causal_flow_attention_bwd_kernel(
             tl.store(terms + 7 * plane + rows, b, mask=inside)
             tl.store(terms + 8 * plane + rows, w, mask=inside)
             tl.store(terms + 9 * plane + rows, z, mask=inside)
-            at = before + first // C * 4 * D + cols
-            tl.store(at, k1, mask=cols < D)
-            tl.store(at + D, q1, mask=cols < D)
-            tl.store(at + 2 * D, k2, mask=cols < D)
-            tl.store(at + 3 * D, q2, mask=cols < D)
+            at = before + (first - begin) // C * 4 * D + cols
+            tl.store(at, tl.sum(fk_wide, 0), mask=cols < D)
+            tl.store(at + D, tl.sum(fq_wide, 0), mask=cols < D)
+            tl.store(at + 2 * D, tl.sum(fk_wide * b[:, None], 0), mask=cols < D)
+            tl.store(at + 3 * D, tl.sum(fq_wide * a[:, None], 0), mask=cols < D)
             if STAGE == 1:
                 values = narrow(load_tile(v, stride_vt, rows, cols_v, keep, M) * w[:, None], v)
                 grads = narrow(load_tile(dy, stride_yt, rows, cols_v, keep, M) * z[:, None], dy)
                 kv = tl.dot(tl.trans(fk), values, kv, input_precision=PRECISION)
                 r_state = tl.dot(tl.trans(fq), grads, r_state, input_precision=PRECISION)
-            k1, k1_lost = add(k1, k1_lost, tl.sum(fk_wide, 0))
-            q1, q1_lost = add(q1, q1_lost, tl.sum(fq_wide, 0))
-            k2, k2_lost = add(k2, k2_lost, tl.sum(fk_wide * b[:, None], 0))
-            q2, q2_lost = add(q2, q2_lost, tl.sum(fq_wide * a[:, None], 0))
             seen += _taken(mask, keep)
-        firsts_own = firsts + segment * 4 * D + cols
-        tl.store(firsts_own, k1, mask=cols < D)
-        tl.store(firsts_own + D, q1, mask=cols < D)
-        tl.store(firsts_own + 2 * D, k2, mask=cols < D)
-        tl.store(firsts_own + 3 * D, q2, mask=cols < D)
+        tl.debug_barrier()
+        tl.store(firsts + segment * 4 * D + four, total_of(before, steps, 4 * D, four, 4 * D), mask=four < 4 * D)
         if STAGE == 1:
             store_state(states, cols, cols_v, kv, D, M)
             store_state(dstates, cols, cols_v, r_state, D, M)
@@ -173,9 +169,9 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
+            fq_wide = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk_wide = load_features(k, stride_kt, rows, cols, keep, D, RELU)
+            fq, fk = narrow(fq_wide, q), narrow(fk_wide, k)
             w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             values = load_tile(v, stride_vt, rows, cols_v, keep, M)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
@@ -194,8 +190,8 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            fq, _ = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
-            fk, _ = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            fq = narrow(load_features(q, stride_qt, rows, cols, keep, D, RELU), q)
+            fk = narrow(load_features(k, stride_kt, rows, cols, keep, D, RELU), k)
             w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
             p = tl.dot(fk, tl.trans(fq), input_precision=PRECISION)  # k_j . q_i
@@ -217,16 +213,15 @@ def causal_flow_attention_bwd_kernel(
         behind = tl.sum(total_of(seconds + segment + 1, behind_us, 1, cols, 1), 0)
         if dtotal is not None:
             behind -= tl.load(dtotal + index)
-        behind_lost, gk2 = 0.0, tl.zeros([BD], tl.float32)
-        gq2, gk2_lost, gq2_lost = gk2, gk2, gk2
+        behind_lost = 0.0
         for step in range(0, steps):
             first = begin + (steps - 1 - step) * C
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
             seen -= _taken(mask, keep)
-            _, fq = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
-            _, fk = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            fq = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             n = numbers(mask, keep, offs, first, seen)
             conserved_q, conserved_k = _plane(flows, 2, plane, rows, keep), _plane(flows, 3, plane, rows, keep)
             x = tl.exp(clamped(conserved_k, clamp))
@@ -237,78 +232,66 @@ def causal_flow_attention_bwd_kernel(
             c = tl.where(keep, sigmoid(-conserved_q) * r / n, 0.0)  # dJ / n
             tl.store(terms + 2 * plane + rows, u, mask=inside)
             tl.store(terms + 3 * plane + rows, c, mask=inside)
-            at = after + first // C * 4 * D + cols
-            tl.store(at + 2 * D, gk2, mask=cols < D)
-            tl.store(at + 3 * D, gq2, mask=cols < D)
-            gk2, gk2_lost = add(gk2, gk2_lost, tl.sum(c[:, None] * (fq + eps_row[None, :]), 0))
-            gq2, gq2_lost = add(gq2, gq2_lost, tl.sum(u[:, None] * (fk + eps_row[None, :]), 0))
+            at = after + (first - begin) // C * 4 * D + cols
+            tl.store(at + 2 * D, tl.sum(c[:, None] * (fq + eps_row[None, :]), 0), mask=cols < D)
+            tl.store(at + 3 * D, tl.sum(u[:, None] * (fk + eps_row[None, :]), 0), mask=cols < D)
             behind, behind_lost = add(behind, behind_lost, tl.sum(share, 0))
-        tl.store(thirds + segment * 2 * D + cols, gk2, mask=cols < D)
-        tl.store(thirds + segment * 2 * D + D + cols, gq2, mask=cols < D)
+        tl.debug_barrier()
+        total_here = total_of(after + 2 * D, steps, 4 * D, pair, 2 * D)
+        tl.store(thirds + segment * 2 * D + pair, total_here, mask=pair < 2 * D)
         if dtotal0 is not None:
             if segment == 0:
                 tl.store(dtotal0 + index, -behind)
         tl.debug_barrier()
-    if STAGE == 0 or STAGE > 3:
-        gk2 = total_of(thirds + (segment + 1) * 2 * D, behind_us, 2 * D, cols, D)
-        gq2 = total_of(thirds + (segment + 1) * 2 * D + D, behind_us, 2 * D, cols, D)
-        if dsums is not None:
-            gk2 += load_row(dsums + (index * 4 + 2) * D, cols, D)
-            gq2 += load_row(dsums + (index * 4 + 3) * D, cols, D)
     if STAGE == 0 or STAGE == 4:
-        gk1 = tl.zeros([BD], tl.float32)
-        gq1, gk1_lost, gq1_lost = gk1, gk1, gk1
+        carried = total_of(thirds + (segment + 1) * 2 * D, behind_us, 2 * D, pair, 2 * D)
+        if dsums is not None:
+            carried += load_row(dsums + (index * 4 + 2) * D, pair, 2 * D)
+        carried = running_rows(after + ((steps - 1) * 4 + 2) * D, steps, -4 * D, carried, 0.0, pair, 2 * D)
+        if dsums0 is not None:
+            if segment == 0:
+                tl.store(dsums0 + (index * 4 + 2) * D + pair, carried, mask=pair < 2 * D)
+        tl.debug_barrier()
         for step in range(0, steps):
             first = begin + (steps - 1 - step) * C
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw_q, raw_k = load_tile(q, stride_qt, rows, cols, keep, D), load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, fq_wide = both_features(raw_q, keep, cols, q, D, RELU)
-            fk, fk_wide = both_features(raw_k, keep, cols, k, D, RELU)
+            fq = load_features(q, stride_qt, rows, cols, keep, D, RELU)
+            fk = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             r, a, b = (
                 _plane(terms, 0, plane, rows, keep),
                 _plane(terms, 6, plane, rows, keep),
                 _plane(terms, 7, plane, rows, keep),
             )
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
-            at = after + first // C * 4 * D
-            gk2_here, gq2_here = gk2 + load_row(at + 2 * D, cols, D), gq2 + load_row(at + 3 * D, cols, D)
-            p = tl.dot(fq, tl.trans(fk), input_precision=PRECISION) + (eps * tl.sum(fq_wide, 1))[:, None]
-            q_gq2 = tl.sum(tl.where(upper, p * u[None, :], 0.0), 1) + tl.sum(fq_wide * gq2_here[None, :], 1)
-            p = tl.dot(fk, tl.trans(fq), input_precision=PRECISION) + (eps * tl.sum(fk_wide, 1))[:, None]
-            k_gk2 = tl.sum(tl.where(upper, p * c[None, :], 0.0), 1) + tl.sum(fk_wide * gk2_here[None, :], 1)
+            at = after + (first - begin) // C * 4 * D
+            gk2, gq2 = load_row(at + 2 * D, cols, D), load_row(at + 3 * D, cols, D)
+            q_gq2 = tl.sum(fq * (sums_from((fk + eps_row[None, :]) * u[:, None], k, PRECISION) + gq2[None, :]), 1)
+            k_gk2 = tl.sum(fk * (sums_from((fq + eps_row[None, :]) * c[:, None], q, PRECISION) + gk2[None, :]), 1)
             d_in = tl.where(keep, -(r + a * q_gq2) / tl.load(flows + rows, mask=keep, other=1.0), 0.0)
             d_out = tl.where(keep, -b * k_gk2 / tl.load(flows + plane + rows, mask=keep, other=1.0), 0.0)
             tl.store(terms + 4 * plane + rows, d_in, mask=inside)
             tl.store(terms + 5 * plane + rows, d_out, mask=inside)
-            tl.store(at + cols, gk1, mask=cols < D)
-            tl.store(at + D + cols, gq1, mask=cols < D)
-            gk1, gk1_lost = add(gk1, gk1_lost, tl.sum(d_in[:, None] * (fq_wide + eps_row[None, :]), 0))
-            gq1, gq1_lost = add(gq1, gq1_lost, tl.sum(d_out[:, None] * (fk_wide + eps_row[None, :]), 0))
-        tl.store(fourths + segment * 2 * D + cols, gk1, mask=cols < D)
-        tl.store(fourths + segment * 2 * D + D + cols, gq1, mask=cols < D)
+            tl.store(at + cols, tl.sum(d_in[:, None] * (fq + eps_row[None, :]), 0), mask=cols < D)
+            tl.store(at + D + cols, tl.sum(d_out[:, None] * (fk + eps_row[None, :]), 0), mask=cols < D)
         tl.debug_barrier()
-    if STAGE == 0 or STAGE > 4:
-        gk1 = total_of(fourths + (segment + 1) * 2 * D, behind_us, 2 * D, cols, D)
-        gq1 = total_of(fourths + (segment + 1) * 2 * D + D, behind_us, 2 * D, cols, D)
-        k1, q1 = total_of(firsts, segment, 4 * D, cols, D), total_of(firsts + D, segment, 4 * D, cols, D)
-        k2 = total_of(firsts + 2 * D, segment, 4 * D, cols, D)
-        q2 = total_of(firsts + 3 * D, segment, 4 * D, cols, D)
+        total_here = total_of(after, steps, 4 * D, pair, 2 * D)
+        tl.store(fourths + segment * 2 * D + pair, total_here, mask=pair < 2 * D)
+        tl.debug_barrier()
+    if STAGE == 0 or STAGE == 5:
+        carried = total_of(fourths + (segment + 1) * 2 * D, behind_us, 2 * D, pair, 2 * D)
         if dsums is not None:
-            gk1 += load_row(dsums + index * 4 * D, cols, D)
-            gq1 += load_row(dsums + (index * 4 + 1) * D, cols, D)
-        if sums is not None:
-            sums += index * 4 * D
-            k1, q1 = k1 + load_row(sums, cols, D), q1 + load_row(sums + D, cols, D)
-            k2, q2 = k2 + load_row(sums + 2 * D, cols, D), q2 + load_row(sums + 3 * D, cols, D)
-        if dsums0 is not None and STAGE != 6:
-            dsums0 += index * 4 * D
+            carried += load_row(dsums + index * 4 * D, pair, 2 * D)
+        carried = running_rows(after + (steps - 1) * 4 * D, steps, -4 * D, carried, 0.0, pair, 2 * D)
+        if dsums0 is not None:
             if segment == 0:
-                tl.store(dsums0 + cols, gk1 + load_row(fourths, cols, D), mask=cols < D)
-                tl.store(dsums0 + D + cols, gq1 + load_row(fourths + D, cols, D), mask=cols < D)
-                tl.store(dsums0 + 2 * D + cols, gk2 + load_row(thirds, cols, D), mask=cols < D)
-                tl.store(dsums0 + 3 * D + cols, gq2 + load_row(thirds + D, cols, D), mask=cols < D)
+                tl.store(dsums0 + index * 4 * D + pair, carried, mask=pair < 2 * D)
+        carried = total_of(firsts, segment, 4 * D, four, 4 * D)
+        if sums is not None:
+            carried += load_row(sums + index * 4 * D, four, 4 * D)
+        running_rows(before, steps, 4 * D, carried, eps, four, 4 * D)
+        tl.debug_barrier()
     if STAGE == 0 or STAGE == 5:
         kv = tl.zeros([BM, BD], tl.float32)  # transposed, as the product with dy reads it
         if STAGE == 5:
@@ -319,25 +302,24 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw = load_tile(q, stride_qt, rows, cols, keep, D)
-            fk, _ = both_features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, k, D, RELU)
+            fk = narrow(load_features(k, stride_kt, rows, cols, keep, D, RELU), k)
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
             a, b = _plane(terms, 6, plane, rows, keep), _plane(terms, 7, plane, rows, keep)
             w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             values = load_tile(v, stride_vt, rows, cols_v, keep, M)
             grads = narrow(load_tile(dy, stride_yt, rows, cols_v, keep, M), dy)
-            at = first // C * 4 * D
+            at = (first - begin) // C * 4 * D
             coef = tl.dot(grads, tl.trans(narrow(values, v)), input_precision=PRECISION) * (z[:, None] * w[None, :])
             coef = tl.where(lower, coef + c[:, None] * b[None, :] + d_in[:, None], 0.0)
             coef += tl.where(upper, a[:, None] * u[None, :] + d_out[None, :], 0.0)
             d = dot_state(grads, kv, dy, PRECISION) * z[:, None] + dot_rows(coef, fk, k, PRECISION)
-            d += c[:, None] * (k2 + load_row(before + at + 2 * D, cols, D) + eps_row)[None, :]
-            d += d_in[:, None] * (k1 + load_row(before + at, cols, D) + eps_row)[None, :]
-            d += a[:, None] * (gq2 + load_row(after + at + 3 * D, cols, D))[None, :]
-            d += (gq1 + load_row(after + at + D, cols, D))[None, :]
+            d += c[:, None] * load_row(before + at + 2 * D, cols, D)[None, :]
+            d += d_in[:, None] * load_row(before + at, cols, D)[None, :]
+            d += a[:, None] * load_row(after + at + 3 * D, cols, D)[None, :]
+            d += load_row(after + at + D, cols, D)[None, :]
             d += (a * tl.cumsum(u, 0, reverse=True) + tl.cumsum(d_out, 0, reverse=True))[:, None] * eps_row[None, :]
-            d *= slope(raw, RELU)
+            d *= slope(load_features(q, stride_qt, rows, cols, keep, D, RELU), RELU)
             store_tile(dq, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
             kv = tl.dot(tl.trans(narrow(values * w[:, None], v)), fk, kv, input_precision=PRECISION)
     if STAGE == 0 or STAGE == 6:
@@ -351,25 +333,24 @@ def causal_flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end
             keep = kept(mask, stride_mt, rows, inside)
-            raw = load_tile(k, stride_kt, rows, cols, keep, D)
-            fq, _ = both_features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, q, D, RELU)
+            fq = narrow(load_features(q, stride_qt, rows, cols, keep, D, RELU), q)
             u, c = _plane(terms, 2, plane, rows, keep), _plane(terms, 3, plane, rows, keep)
             d_in, d_out = _plane(terms, 4, plane, rows, keep), _plane(terms, 5, plane, rows, keep)
             a, b = _plane(terms, 6, plane, rows, keep), _plane(terms, 7, plane, rows, keep)
             w, z = _plane(terms, 8, plane, rows, keep), _plane(terms, 9, plane, rows, keep)
             values = narrow(load_tile(v, stride_vt, rows, cols_v, keep, M), v)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
-            at = first // C * 4 * D
+            at = (first - begin) // C * 4 * D
             coef = tl.dot(values, tl.trans(narrow(grads, dy)), input_precision=PRECISION) * (w[:, None] * z[None, :])
             coef = tl.where(upper, coef + b[:, None] * c[None, :] + d_in[None, :], 0.0)
             coef += tl.where(lower, u[:, None] * a[None, :] + d_out[:, None], 0.0)
             d = dot_state(values, r_state, v, PRECISION) * w[:, None] + dot_rows(coef, fq, q, PRECISION)
-            d += u[:, None] * (q2 + load_row(before + at + 3 * D, cols, D) + eps_row)[None, :]
-            d += d_out[:, None] * (q1 + load_row(before + at + D, cols, D) + eps_row)[None, :]
-            d += b[:, None] * (gk2 + load_row(after + at + 2 * D, cols, D))[None, :]
-            d += (gk1 + load_row(after + at, cols, D))[None, :]
+            d += u[:, None] * load_row(before + at + 3 * D, cols, D)[None, :]
+            d += d_out[:, None] * load_row(before + at + D, cols, D)[None, :]
+            d += b[:, None] * load_row(after + at + 2 * D, cols, D)[None, :]
+            d += load_row(after + at, cols, D)[None, :]
             d += (b * tl.cumsum(c, 0, reverse=True) + tl.cumsum(d_in, 0, reverse=True))[:, None] * eps_row[None, :]
-            d *= slope(raw, RELU)
+            d *= slope(load_features(k, stride_kt, rows, cols, keep, D, RELU), RELU)
             store_tile(dk, HEADS * D, rows, cols, inside, tl.where(keep[:, None], d, 0.0), D)
             r_state = tl.dot(tl.trans(narrow(grads * z[:, None], dy)), fq, r_state, input_precision=PRECISION)
 
@@ -409,7 +390,7 @@ def causal_flow_attention_bwd(
     if programs == 0:
         return dq, dk, dv, dsums0, dtotal0, dstate0
     constants = constants_of(q, k, v, relu)
-    segments, tile = causal_segments(programs, length), causal_config(q.dtype, constants[4:6], "bwd", 0)[0]
+    segments, tile = causal_segments(programs, length), causal_config(q.dtype, constants[4:6], "bwd", 0)[0][0]
     tiles = max(1, triton.cdiv(length, tile))  # of the longest sequence possible
     terms = flows.new_empty((10, batch, heads, length))
     before, after = (flows.new_empty((programs, tiles, 4, width)) for _ in range(2))
@@ -439,6 +420,6 @@ def causal_flow_attention_bwd(
         if stage == 2:
             scan_states(states, state, starts, False)
             scan_states(dstates, dstate, ends, True)
-        config = causal_config(q.dtype, constants[4:6], "bwd", stage)
-        _bwd(programs * segments, key, arguments, (*constants, stage), config)
+        config, registers = causal_config(q.dtype, constants[4:6], "bwd", stage)
+        _bwd(programs * segments, key, arguments, (*constants, stage), config, maxnreg=registers)
     return dq, dk, dv, dsums0, dtotal0, dstate0

@@ -17,14 +17,15 @@ from .flow_attention_configs import SLICES, flow_config, flow_splits
 from .flow_features import (
     add,
     clamped,
-    features,
     kept,
     launch_key,
+    load_features,
     load_state,
     load_tile,
     mask_strides,
     narrow,
     precision,
+    program_of,
     sequence,
     sigmoid,
     store_state,
@@ -78,7 +79,7 @@ def _sum_features(
     for first in range(begin, end, TILE):
         rows = first + offs
         keep = kept(mask, stride_m, rows, rows < end)
-        totals += features(load_tile(x, stride, rows, cols, keep, D), keep, cols, D, RELU)
+        totals += load_features(x, stride, rows, cols, keep, D, RELU)
         if mask is not None:
             count += tl.sum(keep.to(tl.int32), 0)
     return tl.sum(totals, 0), count if mask is not None else tl.maximum(end - begin, 0)
@@ -95,7 +96,7 @@ def _first_flow(
         rows = first + offs
         inside = rows < end
         keep = kept(mask, stride_m, rows, inside)
-        f = features(load_tile(x, stride, rows, cols, keep, D), keep, cols, D, RELU)
+        f = load_features(x, stride, rows, cols, keep, D, RELU)
         flow = tl.sum((f + eps_row[None, :]) * (other + eps_row)[None, :], 1) + extra
         flow = tl.where(keep & (alone == 0), flow, 1.0)
         tl.store(flows + rows, flow, mask=inside)
@@ -113,9 +114,8 @@ def flow_attention_fwd_kernel(
 ):  # fmt: skip
     """STAGE 1..4 runs one phase, 0 all of them. Partial sums: counts, firsts, seconds, (tops, states) by phase."""
     pieces = parts if STAGE == 3 else splits
-    index, split = tl.program_id(0) // pieces, tl.program_id(0) % pieces
-    s, h = index // HEADS, index % HEADS
-    index = tl.cast(index, tl.int64)
+    s, split, h = program_of(pieces, STAGE % 2 == 0, HEADS)
+    index = tl.cast(s * HEADS + h, tl.int64)
     row, start, length_q = sequence(s, cu, sinks, sinks)
     length_k = sources if cu is None else length_q
     row, start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
@@ -176,7 +176,7 @@ def flow_attention_fwd_kernel(
             rows = first + offs
             inside = rows < end_k
             keep = kept(key_mask, stride_kmt, rows, inside)
-            f = features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, D, RELU)
+            f = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             conserved = tl.sum((f + eps_row[None, :]) * (q2 + eps_row)[None, :], 1) + extra
             tl.store(flows_k + plane_k + rows, conserved, mask=inside)
             score = tl.where(keep, clamped(conserved, clamp), float("-inf"))
@@ -211,7 +211,7 @@ def flow_attention_fwd_kernel(
             rows = first + offs
             inside = rows < end_q
             keep = kept(query_mask, stride_qmt, rows, inside)
-            f = features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, D, RELU)
+            f = load_features(q, stride_qt, rows, cols, keep, D, RELU)
             conserved = tl.sum((f + eps_row[None, :]) * (k2 + eps_row)[None, :], 1) + extra
             tl.store(flows_q + plane_q + rows, conserved, mask=inside)
             factor = sigmoid(conserved * ratio) / tl.load(flows_q + rows, mask=inside, other=1.0)
@@ -290,6 +290,7 @@ def flow_attention_fwd(q, k, v, key_mask, query_mask, cu, relu, clamp, eps, extr
     for stage in (0,) if splits == 1 else (1, 2, 3, 4):
         if stage == 4:
             add_states(partial, tops, counts, kv, lse, splits)
-        config = flow_config(q.dtype, constants[4:6], "fwd", stage)
-        _fwd(programs * (parts if stage == 3 else splits), key, arguments, (*constants, stage), config)
+        config, registers = flow_config(q.dtype, constants[4:6], "fwd", stage)
+        pieces = parts if stage == 3 else splits
+        _fwd(programs * pieces, key, arguments, (*constants, stage), config, maxnreg=registers)
     return y, flows_q, flows_k, sums, lse, kv

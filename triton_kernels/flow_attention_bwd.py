@@ -9,15 +9,16 @@ from .flow_attention_configs import flow_config
 from .flow_features import (
     clamped,
     dot_state,
-    features,
     kept,
     launch_key,
+    load_features,
     load_row,
     load_state,
     load_tile,
     mask_strides,
     narrow,
     precision,
+    program_of,
     sequence,
     sigmoid,
     slope,
@@ -40,9 +41,8 @@ def flow_attention_bwd_kernel(
     RELU: tl.constexpr, PRECISION: tl.constexpr, STAGE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums by phase: (firsts (1), states), seconds (4 rows and a scalar), thirds (1). r, t, dO by token."""
-    index, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    s, h = index // HEADS, index % HEADS
-    index = tl.cast(index, tl.int64)
+    s, split, h = program_of(splits, STAGE % 2 == 0, HEADS)
+    index = tl.cast(s * HEADS + h, tl.int64)
     row, start, length_q = sequence(s, cu, sinks, sinks)
     length_k = sources if cu is None else length_q
     row, start = tl.cast(row, tl.int64), tl.cast(start, tl.int64)
@@ -84,7 +84,7 @@ def flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end_q
             keep = kept(query_mask, stride_qmt, rows, inside) & (alone == 0)
-            f = features(load_tile(q, stride_qt, rows, cols, keep, D), keep, cols, D, RELU)
+            f = load_features(q, stride_qt, rows, cols, keep, D, RELU)
             conserved = tl.load(flows_q + plane_q + rows, mask=keep, other=0.0) * ratio
             factor = sigmoid(conserved) / tl.load(flows_q + rows, mask=keep, other=1.0)
             grads = load_tile(dy, stride_yt, rows, cols_v, keep, M)
@@ -109,7 +109,7 @@ def flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end_k
             keep = kept(key_mask, stride_kmt, rows, inside) & (alone == 0)
-            f = features(load_tile(k, stride_kt, rows, cols, keep, D), keep, cols, D, RELU)
+            f = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             flow = tl.load(flows_k + rows, mask=keep, other=1.0)
             conserved = tl.load(flows_k + plane_k + rows, mask=keep, other=0.0)
             w = tl.where(keep, count_k * tl.exp(clamped(conserved, clamp) - log_total), 0.0)
@@ -143,8 +143,7 @@ def flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end_q
             keep = kept(query_mask, stride_qmt, rows, inside) & (alone == 0)
-            raw = load_tile(q, stride_qt, rows, cols, keep, D)
-            f = features(raw, keep, cols, D, RELU)
+            f = load_features(q, stride_qt, rows, cols, keep, D, RELU)
             conserved = tl.load(flows_q + plane_q + rows, mask=keep, other=0.0) * ratio
             a = 1.0 / tl.load(flows_q + rows, mask=keep, other=1.0)
             grads = narrow(load_tile(dy, stride_yt, rows, cols_v, keep, M), dy)
@@ -154,7 +153,7 @@ def flow_attention_bwd_kernel(
             d = dot_state(grads, tl.trans(kv_tile), dy, PRECISION) * (sigmoid(conserved) * a)[:, None]
             d += d_conserved[:, None] * k2[None, :] + a[:, None] * dq2[None, :]
             d += d_in[:, None] * k1[None, :] + dq1[None, :]
-            d = tl.where(keep[:, None], d * slope(raw, RELU), 0.0)
+            d = tl.where(keep[:, None], d * slope(f, RELU), 0.0)
             store_tile(dq, HEADS * D, rows, cols, inside, d, D)
             dk1 += d_in[:, None] * (f + eps_row[None, :])
         tl.store(thirds_own + cols, tl.sum(dk1, 0), mask=cols < D)
@@ -166,8 +165,7 @@ def flow_attention_bwd_kernel(
             rows = first + offs
             inside = rows < end_k
             keep = kept(key_mask, stride_kmt, rows, inside) & (alone == 0)
-            raw = load_tile(k, stride_kt, rows, cols, keep, D)
-            f = features(raw, keep, cols, D, RELU)
+            f = load_features(k, stride_kt, rows, cols, keep, D, RELU)
             conserved = tl.load(flows_k + plane_k + rows, mask=keep, other=0.0)
             w = tl.where(keep, count_k * tl.exp(clamped(conserved, clamp) - log_total), 0.0)
             values = narrow(load_tile(v, stride_vt, rows, cols_v, keep, M), v)
@@ -178,7 +176,7 @@ def flow_attention_bwd_kernel(
             d = tl.dot(values, tl.trans(narrow(dkv, v)), input_precision=PRECISION) * w[:, None]
             d += d_conserved[:, None] * q2[None, :] + b[:, None] * dk2[None, :]
             d += d_out[:, None] * q1[None, :] + dk1[None, :]
-            d = tl.where(keep[:, None], d * slope(raw, RELU), 0.0)
+            d = tl.where(keep[:, None], d * slope(f, RELU), 0.0)
             store_tile(dk, HEADS * D, rows, cols, inside, d, D)
 
 
@@ -242,6 +240,6 @@ def flow_attention_bwd(dy, q, k, v, key_mask, query_mask, cu, flows_q, flows_k, 
     for stage in (0,) if splits == 1 else (1, 2, 3, 4):
         if stage == 2:
             add_states(partial, None, None, dkv, None, splits)
-        config = flow_config(q.dtype, constants[4:6], "bwd", stage)
-        _bwd(programs * splits, key, arguments, (*constants, stage), config)
+        config, registers = flow_config(q.dtype, constants[4:6], "bwd", stage)
+        _bwd(programs * splits, key, arguments, (*constants, stage), config, maxnreg=registers)
     return dq, dk, dv

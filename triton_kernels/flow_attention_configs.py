@@ -4,25 +4,44 @@ A configuration is (tokens of a tile, num_warps, num_stages). Tiles of 64 tokens
 an H100; with widths below 64 they would be cut into products of 16 columns, which Triton 3.6 miscompiles (wrong results
 and shared memory out of range in chunk_hybrid_attention, D=20, M=12, 2026-11-23), so that these take 32 tokens.
 
-Warps and stages keep a kernel of 64 columns in its registers (compiled for sm_90; no others timed). With two stages the
-compiler applies phi twice, once for each layout that a tile is read in, so that phases which also sum rows take one.
+A cap on the registers of a thread, where there is one, lets twice the warps onto a multiprocessor for a few values that
+go through memory (compiled for sm_90). With two stages the compiler applies phi twice, once for each layout that a tile
+is read in, so that phases which also sum rows take one.
 """
 
 import torch
 import triton
 
-PROGRAMS = 1056  # eight for each multiprocessor of an H100: phases that only stream
-STATE_PROGRAMS = 528  # four: phases that sum a D x M state, or write as much
-CAUSAL_PROGRAMS = 528  # a program first adds up the sums of all segments before its own
+PROGRAMS = 528  # four for each multiprocessor of an H100, all at once: phases that only stream
+STATE_PROGRAMS = 528  # phases that sum a D x M state, or write as much
+CAUSAL_PROGRAMS = 1056  # eight, two or three at once: a program first adds up the sums of all segments before its own
 SHORTEST_PART = 256  # tokens
 LONGEST_PART = 16384  # tokens: bounds the additions in one float32 accumulator
 SLICES = 8  # programs that add the partial states of one head
 HYBRID = (128, 64, 8, 2)
 SCAN_EACH, SCAN = 256, (16, 4, 1)  # numbers of a state a program of the scan takes, segments at a time
 
-# (num_warps, num_stages) of tiles of 64 tokens, by direction and phase; 4 and 1 where not named.
-WHOLE = {("bwd", 0): (8, 1), ("bwd", 1): (4, 2), ("bwd", 2): (8, 1), ("bwd", 3): (8, 2), ("bwd", 4): (8, 2)}
-CAUSAL = {("bwd", 0): (8, 1), ("bwd", 1): (8, 1), ("bwd", 4): (8, 1)}
+# (num_warps, num_stages, registers of bfloat16 kernels) of tiles of 64 tokens, by direction and phase; else DEFAULT.
+DEFAULT = (4, 1, None)
+WHOLE = {
+    ("fwd", 2): (8, 1, None),
+    ("fwd", 3): (4, 1, 128),
+    ("fwd", 4): (8, 1, None),
+    ("bwd", 0): (8, 1, None),
+    ("bwd", 1): (8, 1, 128),
+    ("bwd", 2): (8, 1, 128),
+    ("bwd", 3): (8, 1, 128),
+    ("bwd", 4): (8, 2, None),
+}
+CAUSAL = {
+    ("fwd", 2): (4, 1, 168),
+    ("fwd", 3): (4, 1, 168),
+    ("fwd", 4): (4, 1, 128),
+    ("fwd", 5): (4, 1, 128),
+    ("bwd", 0): (8, 1, None),
+    ("bwd", 1): (8, 1, 128),
+    ("bwd", 4): (8, 1, 128),
+}
 
 
 def _tile(dtype, blocks):
@@ -33,11 +52,12 @@ def _tile(dtype, blocks):
 
 def _config(table, dtype, blocks, direction, stage):
     tile = _tile(dtype, blocks)
-    return (tile, *(table.get((direction, stage), (4, 1)) if tile == 64 else (4, 1)))
+    warps, stages, registers = table.get((direction, stage), DEFAULT) if tile == 64 else DEFAULT
+    return (tile, warps, stages), registers if dtype == torch.bfloat16 else None
 
 
 def flow_config(dtype, blocks, direction, stage):
-    """blocks: (BD, BM); stage: 0 for all phases at once, or the phase."""
+    """(configuration, cap on registers or None). blocks: (BD, BM); stage: 0 for all phases at once, or the phase."""
     return _config(WHOLE, dtype, blocks, direction, stage)
 
 

@@ -1,4 +1,4 @@
-"""Rows of features, masks and compensated sums that the Flow-Attention kernels share.
+"""Rows of features, masks and running sums that the Flow-Attention kernels share.
 
 Products of bfloat16 inputs have bfloat16 operands, rounded after the float32 computation of what they hold; sums, flows
 and weights use the unrounded values. A state that every token reads enters as two of them (`dot_state`) where a
@@ -47,6 +47,15 @@ def sequence(s, cu, length, total):
 
 
 @triton.jit
+def program_of(segments, BACKWARDS: tl.constexpr, HEADS: tl.constexpr):
+    """(sequence, segment, head) of a program. Heads, whose rows are neighbours in memory, are next to each other, and
+    every other pass goes backwards: it begins with what the pass before left in the cache."""
+    program = tl.num_programs(0) - 1 - tl.program_id(0) if BACKWARDS else tl.program_id(0)
+    at = program // HEADS
+    return at // segments, at % segments, program % HEADS
+
+
+@triton.jit
 def load_tile(base, stride, rows, columns, keep, WIDTH: tl.constexpr):
     """Block (rows, columns) in float32, zeros in rows not kept and past WIDTH."""
     inside = keep[:, None] & (columns < WIDTH)[None, :]
@@ -70,23 +79,25 @@ def kept(mask, stride, rows, inside):
 
 
 @triton.jit
-def features(raw, keep, columns, WIDTH: tl.constexpr, RELU: tl.constexpr):
-    """phi(raw), zeros in rows not kept and past WIDTH."""
-    f = tl.maximum(raw, 0.0) + 1e-6 if RELU else sigmoid(raw)
-    return tl.where(keep[:, None] & (columns < WIDTH)[None, :], f, 0.0)
+def load_features(base, stride, rows, columns, keep, WIDTH: tl.constexpr, RELU: tl.constexpr):
+    """phi of block (rows, columns), zeros in rows not kept and past WIDTH."""
+    inside = keep[:, None] & (columns < WIDTH)[None, :]
+    pointers = base + rows[:, None].to(tl.int64) * stride + columns[None, :]
+    raw = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, tl.maximum(raw, 0.0) + 1e-6 if RELU else sigmoid(raw), 0.0)
 
 
 @triton.jit
-def slope(raw, RELU: tl.constexpr):
-    """phi'(raw)."""
-    return tl.where(raw > 0.0, 1.0, 0.0) if RELU else sigmoid(raw) * sigmoid(-raw)
+def slope(f, RELU: tl.constexpr):
+    """phi' where phi is f."""
+    return tl.where(f > 1e-6, 1.0, 0.0) if RELU else f * (1.0 - f)
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), the division as the square of a reciprocal root: one instruction instead of eight, exact to
-    3e-7, and most of what the passes over q and k compute."""
-    root = tl.rsqrt(1.0 + tl.exp(-x))
+    """1 / (1 + exp(-x)), most of what the passes over q and k compute, in 5 instructions: exp2 needs no care for
+    denormal numbers, and the square of a reciprocal root, exact to 3e-7, replaces a division."""
+    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * x))
     return root * root
 
 
@@ -97,11 +108,18 @@ def narrow(x, base):
 
 
 @triton.jit
+def halves(x):
+    """float32 x as the sum of two bfloat16 numbers, 16 bits of mantissa. The first is cut, not rounded: to clear bits
+    is one instruction, to convert to bfloat16 and back three."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
 def dot_state(x, state, base, PRECISION: tl.constexpr):
     """x @ state for an operand x, with the float32 state kept to 16 bits of mantissa."""
     if base.dtype.element_ty == tl.bfloat16:
-        high = state.to(tl.bfloat16)
-        low = (state - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = halves(state)
         return tl.dot(x, high, tl.dot(x, low))
     else:
         return tl.dot(x, state, input_precision=PRECISION)
@@ -111,8 +129,7 @@ def dot_state(x, state, base, PRECISION: tl.constexpr):
 def dot_rows(rows, x, base, PRECISION: tl.constexpr):
     """rows @ x for an operand x, with the float32 rows kept to 16 bits of mantissa."""
     if base.dtype.element_ty == tl.bfloat16:
-        high = rows.to(tl.bfloat16)
-        low = (rows - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = halves(rows)
         return tl.dot(high, x, tl.dot(low, x))
     else:
         return tl.dot(rows, x, input_precision=PRECISION)
@@ -120,19 +137,39 @@ def dot_rows(rows, x, base, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_features(x, y, base):
-    """x @ y^T of float32 features to 16 bits of mantissa or more.
-
-    Flows decide at which tokens the clamp is reached. With features rounded to bfloat16 enough tokens of a random
-    sequence change sides to put the gradient of k off by 1 to 5 % (rms).
-    """
+    """x @ y^T of float32 features to 16 bits of mantissa or more."""
     if base.dtype.element_ty == tl.bfloat16:
-        x_high, y_high = x.to(tl.bfloat16), y.to(tl.bfloat16)
-        x_low = (x - x_high.to(tl.float32)).to(tl.bfloat16)
-        y_low = (y - y_high.to(tl.float32)).to(tl.bfloat16)
+        x_high, x_low = halves(x)
+        y_high, y_low = halves(y)
         low = tl.dot(x_high, tl.trans(y_low), tl.dot(x_low, tl.trans(y_high)))
         return tl.dot(x_high, tl.trans(y_high), low)
     else:
         return tl.dot(x, tl.trans(y), input_precision="tf32x3")
+
+
+@triton.jit
+def sums_up_to(x, base):
+    """Row i: the sum of rows 0..i of float32 x, whose elements count to 16 bits of mantissa or more.
+
+    Flows decide at which tokens the clamp is reached. With features rounded to bfloat16 enough tokens of a random
+    sequence change sides to put the gradient of k off by 1 to 5 % (rms).
+    """
+    offs = tl.arange(0, x.shape[0])
+    ones = tl.where(offs[:, None] >= offs[None, :], 1.0, 0.0)
+    if base.dtype.element_ty == tl.bfloat16:
+        high, low = halves(x)
+        ones = ones.to(tl.bfloat16)
+        return tl.dot(ones, high, tl.dot(ones, low))
+    else:
+        return tl.dot(ones, x, input_precision="tf32x3")
+
+
+@triton.jit
+def sums_from(x, base, PRECISION: tl.constexpr):
+    """Row i: the sum of rows i.. of x, an operand of products."""
+    offs = tl.arange(0, x.shape[0])
+    ones = tl.where(offs[:, None] <= offs[None, :], 1.0, 0.0)
+    return tl.dot(narrow(ones, base), narrow(x, base), input_precision=PRECISION)
 
 
 @triton.jit
