@@ -25,6 +25,7 @@ from .linear_attention_device import (
     FROM_RIGHT,
     NOTHING,
     ONE_SIDED,
+    OTHER_END,
     SUM_OF_KEYS,
     SUM_OF_PAIRS,
     linear_attention_kernel,
@@ -49,6 +50,7 @@ class Sides(NamedTuple):
 
 
 LEFT = Sides()
+OTHER = Sides(OTHER_END.value)
 
 
 class Pass(NamedTuple):
@@ -84,7 +86,7 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
     a, b, c, given = step.a, step.b, step.c, step.input
     rows = a if step.out is not None else b
     length = rows.x.shape[1]
-    backwards = (call.mode == REVERSE) != (sides.kind == FROM_RIGHT.value)
+    backwards = (call.mode == REVERSE) != (sides.kind in (OTHER_END.value, FROM_RIGHT.value))
     strides = [x.x.stride()[:3] if x is not None else (0, 0, 0) for x in (a, b, c, given)]
     strides = sum(strides, ()) + call.decay_strides
     factors = [x.factor if x is not None else None for x in (a, b, c)]
@@ -215,10 +217,10 @@ def linear_attention_bwd(
     grad = Rows(dout, factor=factor)
     right = Side(query, grad, State(ds, dz), State(ds0, dz0), x)
     ddecay = call.empty(0)
-    if mode in (CAUSAL, REVERSE):
+    left = Side(key, value, State(s0, z0))
+    if mode in (CAUSAL, REVERSE) and (want_ddecay or not configs.by_passes(q.dtype, padded(q.shape[3]))):
         if want_ddecay:
             ddecay = make((batch, length, heads), dtype=torch.float32, device=q.device)
-        left = Side(key, value, State(s0, z0))
         _gradients(call, left, right, (dq, *parts, ddecay if want_ddecay else None), s0 is None)
     else:
         pairs = SUM_OF_PAIRS.value if normalize else NOTHING.value
@@ -231,13 +233,30 @@ def linear_attention_bwd(
         if mode == BIDIRECTIONAL:
             for step in (dq_step, dk_step, dv_step):
                 both_sides(call, step)
-        else:
+        elif mode == NON_CAUSAL:
             carry(call, None, right, tile(call, dk_step)[0][0])
             apply(call, dq_step, State(s, z if normalize else None))
             apply(call, dk_step, right.end)
             apply(call, dv_step, State(ds0))
+        else:
+            _passes(call, left, right, dq_step, dk_step, dv_step)
     dk, dv = (part if group == 1 else part.unflatten(2, (-1, group)).sum(3).to(q.dtype) for part in parts)
     return dq, dk, dv, ddecay, call.empty(0) if s0 is None else ds0, call.empty(0) if z0 is None else dz0
+
+
+def _passes(call, left, right, dq_step, dk_step, dv_step):
+    """The gradients by passes over whole sequences, or over segments after a scan from both ends."""
+    config, _ = tile(call, dq_step)
+    length = left.b.x.shape[1]
+    programs = call.sequences * call.heads * ceil_div(left.b.x.shape[3], config[1])
+    segment = configs.segment_tokens(call.q.device, programs, length, config[0])
+    states, end = (left.start, right.start), right.end
+    if segment:
+        states, end = carry(call, left, right, config[0], segment=segment, keep_segments=True), NO_STATE
+    options = {"segment": segment, "by_slot": segment > 0}
+    run(call, dq_step, states[0], **options)
+    run(call, dk_step, states[1], end, sides=OTHER, **options)
+    run(call, dv_step, State(states[1].s), sides=OTHER, **options)
 
 
 def _gradients(call, left, right, results, fresh):

@@ -37,6 +37,12 @@ GRADIENTS = {
     (True, 256): (1, 64, 64, 8, 2, 128),
     (False, 256): (2, 32, 32, 4, 1, None),
 }
+# (half, width): whether passes (FORWARD) make the gradients instead, where no decay is learned.
+PASSES = {
+    (True, 64): False,
+    (True, 256): True,
+    (False, 256): False,
+}
 # (half, width): (columns and rows of a program's part of a state, num_warps, num_stages).
 STATES = {
     (True, 256): (64, 4, 3),
@@ -48,6 +54,11 @@ def entry(table, dtype, width):
     """The entry of the narrowest width that is wide enough."""
     half = dtype == torch.bfloat16
     return table[min(key for key in table if key[0] == half and key[1] >= width)]
+
+
+def by_passes(dtype, width):
+    """Whether passes make the gradients of one direction where no decay is learned."""
+    return entry(PASSES, dtype, width)
 
 
 def config(dtype, width, value_width, whole_rows, walks, device):

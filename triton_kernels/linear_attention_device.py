@@ -5,8 +5,8 @@ With queries a, keys b, values c, in the order of the walk, and G the running su
     y_i = sum over j <= i of e^(G_i - G_j) (a_i . b_j + x_i w_j) c_j  +  e^(G_i) (S^T a_i + x_i z),
 
 where S = sum of decayed b c^T and z = sum of decayed w c (with a normaliser: of b) come from the left. The result is
-a, b, c = q, k, v. Where S is the same for all queries, and in both directions at once, passes make the gradients too:
-dq is dout, v, k, dk is v, dout, q and dv is k, q, dout. Else linear_attention_gradients.py does.
+a, b, c = q, k, v. Three more passes make the gradients: dq is dout, v, k, and, from the other end, dk is v, dout, q and
+dv is k, q, dout. Those of learned decays and of narrow heads are made by linear_attention_gradients.py.
 
 A program owns BV value columns of one head of one segment, holds S in registers and walks the segment chunk by chunk.
 Products take bfloat16 operands, or float32 ones: as tf32 for float16 inputs, whose range the scores and states exceed,
@@ -14,6 +14,8 @@ as three tf32 products for float32 inputs. No product takes the transpose of ano
 
 Retention in both directions takes two walks over the keys: one from the right that leaves the state right of every
 chunk, and one from the left that adds, to all pairs within a chunk, both states.
+
+In a walk from the other end the decay of a token acts a step late: on what it passes on, not on what it meets.
 """
 
 import triton
@@ -32,7 +34,7 @@ from .linear_attention_rows import (
 )
 
 NOTHING, SUM_OF_KEYS, SUM_OF_PAIRS = (tl.constexpr(i) for i in range(3))  # what z is
-ONE_SIDED, FROM_RIGHT, BOTH_SIDES = (tl.constexpr(i) for i in range(3))
+ONE_SIDED, OTHER_END, FROM_RIGHT, BOTH_SIDES = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -75,6 +77,8 @@ def linear_attention_kernel(
         end = tl.minimum(row + SEGMENT, length)
         if row >= length:
             return
+        if SIDES == OTHER_END:  # segments are those of the walk from the first end
+            row, end = length - end, length - row
 
     chunks = tl.cdiv(length, CHUNK)
     first_chunk = sequence * chunks if cu is None else start // CHUNK + sequence
@@ -108,7 +112,7 @@ def linear_attention_kernel(
 
     for chunk in tl.range(row, end, CHUNK):
         inside = (chunk + offs < end) & (chunk + offs >= 0)
-        if SIDES != ONE_SIDED:
+        if SIDES == FROM_RIGHT or SIDES == BOTH_SIDES:
             number = first_chunk + ((end - CHUNK - chunk) // CHUNK if SIDES == FROM_RIGHT else chunk // CHUNK)
             right_index = number * HEADS + h
         if SIDES == FROM_RIGHT:
@@ -130,8 +134,12 @@ def linear_attention_kernel(
                 ws = tl.where(inside, 1.0, 0.0)
         if decay is not None:
             g, running, remaining, total = log_decays(
-                decay, steady, chunk, offs, stride_dt, length, STEP, STEADY, exact, CHUNK
+                decay, steady, chunk, offs, stride_dt, end, STEP, STEADY, exact, CHUNK
             )
+            if SIDES == OTHER_END:
+                late = steady if STEADY else g
+                running -= late
+                remaining += late
             before = tl.exp(running.to(tl.float32))
             after = tl.exp(remaining.to(tl.float32))
         if out is not None:
