@@ -28,7 +28,7 @@ def schedule(request, monkeypatch):
     cut = request.param.endswith("segments")
     monkeypatch.setattr(configs, "by_passes", lambda *rest: request.param.startswith("passes"))
     if not GPU:
-        tiles = {"config": lambda width, values, whole, *rest: (16, values if whole else 16, 4, 1)}
+        tiles = {"config": lambda width, values, whole, *rest: ((16, values if whole else 16, 4, 1), None)}
         tiles["gradients_config"] = lambda width, values, whole, single: (
             (1 if single else 2, 16, width if whole else 16, 16, 4, 1), None
         )  # fmt: skip

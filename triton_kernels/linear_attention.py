@@ -73,16 +73,17 @@ class Pass(NamedTuple):
 
 
 def tile(call, step):
-    """(CHUNK, BV, num_warps, num_stages) and BK of a pass; columns past the widths are masked."""
+    """(CHUNK, BV, num_warps, num_stages) and registers of a pass; columns past the widths are masked."""
     width = padded(step.b.x.shape[3])
+    mapped = max(step.b.map, step.a.map if step.a else 0) != IDENTITY.value
     whole = max(step.c.map, step.input.map if step.input else 0) >= EXP_SHIFTED.value
     walks = call.sequences * call.heads
-    return configs.config(call.q.dtype, width, padded(step.c.x.shape[3]), whole, walks, call.q.device), width
+    return configs.config(call.q.dtype, width, padded(step.c.x.shape[3]), whole, mapped, walks, call.q.device)
 
 
 def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, sides=LEFT):
     """Launch the pass kernel over whole sequences, or segments of `segment` tokens."""
-    config, block_keys = tile(call, step)
+    config, registers = tile(call, step)
     a, b, c, given = step.a, step.b, step.c, step.input
     rows = a if step.out is not None else b
     length = rows.x.shape[1]
@@ -96,7 +97,7 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
     )  # fmt: skip
     constants = (
         call.heads, *(x.group if x is not None else 1 for x in (a, b, c, given)), b.x.shape[3], c.x.shape[3],
-        block_keys, *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
+        padded(b.x.shape[3]), *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
         *(call.heads if f is not None and f.dim() == 3 else 1 for f in factors),
         step.vector, walks, -1 if backwards else 1, call.steady, step.transposed, segment, by_slot,
         step.value_scale != 1.0, sides.kind, call.wide, call.precision,
@@ -109,6 +110,7 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
             (*pointers, *call.where(length, segment), *strides, step.scale, step.eps, step.value_scale),
             constants,
             config,
+            maxnreg=registers,
         )
 
 
@@ -116,7 +118,7 @@ def walk(call, step, left):
     """A causal pass, of whole sequences where these fill the processors, else of segments after a scan over them."""
     config, _ = tile(call, step)
     length = step.b.x.shape[1]
-    programs = call.sequences * call.heads * ceil_div(step.c.x.shape[3], config[1])
+    programs = call.sequences * call.heads * ceil_div(step.c.x.shape[3], config[1]) * config[2] // 4
     segment = configs.segment_tokens(call.q.device, programs, length, config[0])
     if not segment:
         return run(call, step, left.start, left.end)
@@ -248,7 +250,7 @@ def _passes(call, left, right, dq_step, dk_step, dv_step):
     """The gradients by passes over whole sequences, or over segments after a scan from both ends."""
     config, _ = tile(call, dq_step)
     length = left.b.x.shape[1]
-    programs = call.sequences * call.heads * ceil_div(left.b.x.shape[3], config[1])
+    programs = call.sequences * call.heads * ceil_div(left.b.x.shape[3], config[1]) * config[2] // 4
     segment = configs.segment_tokens(call.q.device, programs, length, config[0])
     states, end = (left.start, right.start), right.end
     if segment:

@@ -10,24 +10,29 @@ import torch
 
 from .launch import processors
 
-WHOLE = 1.25  # programs a multiprocessor from which on each walks a whole sequence
-PROGRAMS = 2  # programs a multiprocessor that a launch should reach where sequences are cut
+WHOLE = 1.25  # programs of 4 warps a multiprocessor from which on each walks a whole sequence
+PROGRAMS = 2  # programs of 4 warps a multiprocessor that a launch should reach where sequences are cut
 SHORTEST_SEGMENT = 4  # chunks: a shorter segment would read and write more state than tokens
-SCAN_TILE, SCAN_ROWS = 2048, 64  # numbers that a program of the scan takes at once, and of how many segments at most
+SCAN_TILE, SCAN_ROWS = 4096, 512  # numbers that a program of the scan takes at once, and of how many segments at most
 
-# (half, width): (CHUNK, BV value columns of a program, num_warps, num_stages).
+# (half, width): (CHUNK, BV value columns of a program, num_warps, num_stages, registers a thread may take or None).
 FORWARD = {
-    (True, 64): (64, 64, 4, 2),
-    (True, 128): (64, 64, 4, 2),
-    (True, 256): (64, 64, 8, 2),
-    (False, 128): (32, 32, 4, 1),
-    (False, 256): (32, 16, 4, 1),
+    (True, 64): (64, 64, 4, 2, None),
+    (True, 128): (64, 64, 4, 2, None),
+    (True, 256): (64, 64, 8, 2, None),
+    (False, 128): (32, 32, 4, 1, None),
+    (False, 256): (32, 16, 4, 1, None),
+}
+# The same for queries and keys under a feature map, which every program takes of all their columns.
+MAPPED = {
+    **FORWARD,
+    (True, 128): (64, 64, 8, 3, None),
 }
 # (half, width): (BLOCKS of a chunk, ROWS of a block, BK key columns of a state, BV value columns of a program,
 # num_warps, num_stages) of the result with the states of all chunks in memory; None: programs carry them (FORWARD).
 OUTPUTS = {
     (True, 128): None,
-    (True, 256): (4, 64, 64, 128, 8, 2),
+    (True, 256): None,
     (False, 256): None,
 }
 # (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages, registers a thread
@@ -61,17 +66,18 @@ def by_passes(dtype, width):
     return entry(PASSES, dtype, width)
 
 
-def config(dtype, width, value_width, whole_rows, walks, device):
-    """(CHUNK, BV, num_warps, num_stages) of a pass, for padded widths; whole_rows: all columns in a program.
+def config(dtype, width, value_width, whole_rows, mapped, walks, device):
+    """(CHUNK, BV, num_warps, num_stages) of a pass and registers, for padded widths.
 
-    `walks` states are carried; where they fill too few processors a program takes 32 columns.
+    whole_rows: all columns in a program; mapped: queries or keys have a feature map. `walks` states are carried; where
+    they fill too few processors a program takes 32 columns, unless it would repeat a map.
     """
-    chunk, columns, warps, stages = entry(FORWARD, dtype, width)
+    chunk, columns, warps, stages, registers = entry(MAPPED if mapped else FORWARD, dtype, width)
     if whole_rows:
-        columns, warps = value_width, 8 if value_width > 64 else warps
-    elif columns > 32 and walks * value_width < columns * WHOLE * processors(device):
+        columns, warps, registers = value_width, 8 if value_width > 64 else warps, None
+    elif columns > 32 and not mapped and walks * value_width < columns * WHOLE * processors(device):
         columns = 32
-    return chunk, min(columns, value_width), warps, stages
+    return (chunk, min(columns, value_width), warps, stages), registers
 
 
 def outputs_config(dtype, width, value_width):
@@ -119,7 +125,7 @@ def scan_config(count, elements, walks, device):
 def segment_tokens(device, programs, tokens, chunk):
     """Tokens of a segment where sequences of together `tokens` / `programs` tokens are cut; 0: each stays whole.
 
-    `programs` walk a whole sequence each. Powers of two, because each is compiled for itself.
+    `programs` of 4 warps walk a whole sequence each. Powers of two, because each is compiled for itself.
     """
     if programs >= WHOLE * processors(device):
         return 0

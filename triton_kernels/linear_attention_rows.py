@@ -12,6 +12,7 @@ EPS_OF_RELU = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)  # e^ it is 0 in float32; lower ones would cost the others' last digits
 
 LOG2E = tl.constexpr(1.4426950408889634)
+PARTS = tl.constexpr(16)  # columns of `in_parts`, the narrowest tile of a product
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 UNSPECIALIZED = ("sequences", "tokens", "segments", "steps")
@@ -27,12 +28,12 @@ def _exp_of_negative(x):
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
+def _rounded(x, DTYPE: tl.constexpr, ONCE: tl.constexpr):
     """x as DTYPE. Without the instruction's name, numbers of a pair that are also widened again are rounded one by one,
     at an eighth of the rate."""
     if INTERPRETED or DTYPE != tl.bfloat16:
         return x.to(DTYPE)
-    return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, True, 2)
+    return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, not ONCE, 2)
 
 
 @triton.jit
@@ -87,8 +88,12 @@ def scalars(base, places, inside, h, HEADS: tl.constexpr):
 
 @triton.jit
 def operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr, MAP: tl.constexpr,
-            FACTOR_HEADS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Rows at `offsets` after phi and factor, as an operand of a product; 0 where not inside."""
+            FACTOR_HEADS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr = False,
+            ONCE: tl.constexpr = False):  # fmt: skip
+    """Rows at `offsets` after phi and factor, as an operand of a product.
+
+    0 where not inside without phi or if MASKED; else finite, for where the other operand is 0 there.
+    """
     within = inside[:, None] & (cols < WIDTH)[None, :]
     x = tl.load(base + offsets[:, None] + cols[None, :], mask=within, other=0.0)
     if MAP == IDENTITY and factor is None:
@@ -98,9 +103,20 @@ def operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr,
         y = tl.where((cols < WIDTH)[None, :], y, 0.0)
     if factor is not None:
         y *= scalars(factor, places, inside, h, FACTOR_HEADS)[:, None]
-    elif MAP != IDENTITY:
+    elif MASKED:
         y *= tl.where(inside, 1.0, 0.0)[:, None]
-    return y if WIDE else _rounded(y, x.dtype)
+    return y if WIDE else _rounded(y, x.dtype, ONCE)
+
+
+@triton.jit
+def in_parts(x, DTYPE: tl.constexpr):
+    """Numbers (N,) as the operand (N, 8) of a product: what bfloat16 holds of them, the rest, and zeros.
+
+    Summed over the columns, a product with it has nearly float32's precision and costs no arithmetic in registers.
+    """
+    column = tl.arange(0, PARTS)[None, :]
+    high = x.to(tl.bfloat16).to(tl.float32)
+    return tl.where(column == 0, high[:, None], tl.where(column == 1, (x - high)[:, None], 0.0)).to(DTYPE)
 
 
 @triton.jit
