@@ -16,7 +16,7 @@ LENGTH = 300 if GPU else 38
 HALF = (F16, BF16) if GPU else (F16,)  # the interpreter's bfloat16 product is wrong
 
 
-@pytest.fixture(params=("whole", "segments", "rows", "passes", "passes over segments"))
+@pytest.fixture(params=("whole", "segments", "rows", "passes over segments"))
 def schedule(request, monkeypatch):
     """Whole sequences, segments of two chunks, or the result by rows with the states of all chunks in memory; gradients
     chunk by chunk or by passes.
@@ -67,6 +67,13 @@ def test_decays(schedule, device, mode, dtype):
     learn = () if schedule.startswith("passes") else ("decay",)
     options = {"decay": -torch.rand(2, LENGTH, 2), "learn": learn, "initial_state": state(2)}
     check(*rows(dtype=dtype, batch=2), place=device, **options, **MODES[mode])
+
+
+@pytest.mark.parametrize("schedule", ("passes over whole sequences",), indirect=True)
+@pytest.mark.parametrize("mode", ("causal", "reverse"))
+def test_gradients_by_passes(schedule, device, mode):
+    options = {"decay": -torch.rand(1, LENGTH, 2), "initial_state": state(), **NORMALIZED, **MODES[mode]}
+    check(*rows(), place=device, key_mask=torch.rand(1, LENGTH) > 0.2, token_scale=torch.rand(1, LENGTH), **options)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -77,8 +77,9 @@ def tile(call, step):
     width = padded(step.b.x.shape[3])
     mapped = max(step.b.map, step.a.map if step.a else 0) != IDENTITY.value
     whole = max(step.c.map, step.input.map if step.input else 0) >= EXP_SHIFTED.value
-    walks = call.sequences * call.heads
-    return configs.config(call.q.dtype, width, padded(step.c.x.shape[3]), whole, mapped, walks, call.q.device)
+    two_states = call.mode == BIDIRECTIONAL
+    widths, walks = (width, padded(step.c.x.shape[3])), call.sequences * call.heads
+    return configs.config(call.q.dtype, *widths, whole, mapped, two_states, walks, call.q.device)
 
 
 def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, sides=LEFT):
@@ -220,7 +221,9 @@ def linear_attention_bwd(
     right = Side(query, grad, State(ds, dz), State(ds0, dz0), x)
     ddecay = call.empty(0)
     left = Side(key, value, State(s0, z0))
-    if mode in (CAUSAL, REVERSE) and (want_ddecay or not configs.by_passes(q.dtype, padded(q.shape[3]))):
+    whole = max(map_q, map_k) >= EXP_SHIFTED.value
+    by_passes = not want_ddecay and configs.by_passes(q.dtype, padded(q.shape[3]), whole)
+    if mode in (CAUSAL, REVERSE) and not by_passes:
         if want_ddecay:
             ddecay = make((batch, length, heads), dtype=torch.float32, device=q.device)
         _gradients(call, left, right, (dq, *parts, ddecay if want_ddecay else None), s0 is None)

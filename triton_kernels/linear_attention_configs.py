@@ -2,8 +2,8 @@
 
 Each table gives, for bfloat16 or not and a padded key width, the tiles of a kernel; a later sweep replaces entries.
 Float32 operands (float32 and float16 inputs) take twice the shared memory of bfloat16. In bfloat16 up to width 128,
-FORWARD and GRADIENTS are the best of a sweep on an NVIDIA H100 80GB HBM3, 2026-11-23; the rest is chosen by what ptxas
-reports for sm_90.
+FORWARD and GRADIENTS are the best of a sweep on an NVIDIA H100 80GB HBM3, 2026-11-23; the rest, MAPPED included, is
+chosen by what ptxas reports for sm_90.
 """
 
 import torch
@@ -61,22 +61,28 @@ def entry(table, dtype, width):
     return table[min(key for key in table if key[0] == half and key[1] >= width)]
 
 
-def by_passes(dtype, width):
-    """Whether passes make the gradients of one direction where no decay is learned."""
-    return entry(PASSES, dtype, width)
+def by_passes(dtype, width, whole_rows):
+    """Whether passes make the gradients of one direction where no decay is learned.
+
+    whole_rows: a map needs all key columns, which would be too large a state of a program.
+    """
+    return not whole_rows and entry(PASSES, dtype, width)
 
 
-def config(dtype, width, value_width, whole_rows, mapped, walks, device):
+def config(dtype, width, value_width, whole_rows, mapped, two_states, walks, device):
     """(CHUNK, BV, num_warps, num_stages) of a pass and registers, for padded widths.
 
-    whole_rows: all columns in a program; mapped: queries or keys have a feature map. `walks` states are carried; where
-    they fill too few processors a program takes 32 columns, unless it would repeat a map.
+    whole_rows: all columns in a program; mapped: queries or keys have a feature map; two_states: a program meets those
+    of both sides. `walks` states are carried; where they fill too few processors a program takes 32 columns, unless it
+    would repeat a map.
     """
+    narrow = two_states and (mapped or width > 128)  # for the sake of shared memory
+    mapped = mapped and not narrow
     chunk, columns, warps, stages, registers = entry(MAPPED if mapped else FORWARD, dtype, width)
     if whole_rows:
         columns, warps, registers = value_width, 8 if value_width > 64 else warps, None
-    elif columns > 32 and not mapped and walks * value_width < columns * WHOLE * processors(device):
-        columns = 32
+    elif not mapped and (narrow or walks * value_width < columns * WHOLE * processors(device)):
+        columns = min(columns, 32)
     return (chunk, min(columns, value_width), warps, stages), registers
 
 
