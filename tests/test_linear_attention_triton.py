@@ -16,17 +16,19 @@ LENGTH = 300 if GPU else 38
 HALF = (F16, BF16) if GPU else (F16,)  # the interpreter's bfloat16 product is wrong
 
 
-@pytest.fixture(params=("whole", "segments", "rows"))
+@pytest.fixture(params=("whole", "segments", "rows", "passes over segments"))
 def schedule(request, monkeypatch):
-    """Whole sequences, segments of two chunks, or the result by rows with the states of all chunks in memory.
+    """Whole sequences, segments of two chunks, or the result by rows with the states of all chunks in memory; gradients
+    chunk by chunk or by passes.
 
     In the interpreter, chunks and slices that few tokens fill.
     """
     rows = (2, 64, 64, 64, 4, 2) if GPU else (2, 16, 16, 16, 4, 1)
     monkeypatch.setattr(configs, "outputs_config", lambda *rest: rows if request.param == "rows" else None)
-    cut = request.param == "segments"
+    cut = request.param.endswith("segments")
+    monkeypatch.setattr(configs, "by_passes", lambda *rest: request.param.startswith("passes"))
     if not GPU:
-        tiles = {"config": lambda width, values, whole, *rest: (16, values if whole else 16, 4, 1)}
+        tiles = {"config": lambda width, values, whole, *rest: ((16, values if whole else 16, 4, 1), None)}
         tiles["gradients_config"] = lambda width, values, whole, single: (
             (1 if single else 2, 16, width if whole else 16, 16, 4, 1), None
         )  # fmt: skip
@@ -38,7 +40,7 @@ def schedule(request, monkeypatch):
         configs, "segment_tokens", lambda device, programs, tokens, chunk: (2 * chunk if GPU else 32) * cut
     )
     with fa.use_backend("triton"):
-        yield
+        yield request.param
 
 
 def rows(length=LENGTH, dtype=F32, heads=2, heads_kv=1, width=12, value_width=20, batch=1):
@@ -62,15 +64,24 @@ def test_normalised(schedule, device, mode):
 @pytest.mark.parametrize("dtype", (F32, *HALF), ids=str)
 @pytest.mark.parametrize("mode", ("causal", "reverse"))
 def test_decays(schedule, device, mode, dtype):
-    options = {"decay": -torch.rand(2, LENGTH, 2), "learn": ("decay",), "initial_state": state(2)}
+    learn = () if schedule.startswith("passes") else ("decay",)
+    options = {"decay": -torch.rand(2, LENGTH, 2), "learn": learn, "initial_state": state(2)}
     check(*rows(dtype=dtype, batch=2), place=device, **options, **MODES[mode])
+
+
+@pytest.mark.parametrize("schedule", ("passes over whole sequences",), indirect=True)
+@pytest.mark.parametrize("mode", ("causal", "reverse"))
+def test_gradients_by_passes(schedule, device, mode):
+    options = {"decay": -torch.rand(1, LENGTH, 2), "initial_state": state(), **NORMALIZED, **MODES[mode]}
+    check(*rows(), place=device, key_mask=torch.rand(1, LENGTH) > 0.2, token_scale=torch.rand(1, LENGTH), **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_packed(schedule, device, mode):
     ends = torch.tensor([0, 3, 3, LENGTH - 9, LENGTH - 5], dtype=torch.int32)
     decay = None if mode == "full" else -torch.rand(2)
-    check(*rows(), place=device, cu_seqlens=ends, decay=decay, learn=("decay",), initial_state=state(4),
+    learn = () if schedule.startswith("passes") else ("decay",)
+    check(*rows(), place=device, cu_seqlens=ends, decay=decay, learn=learn, initial_state=state(4),
           **NORMALIZED, **MODES[mode])  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from .linear_attention_device import (
     FROM_RIGHT,
     NOTHING,
     ONE_SIDED,
+    OTHER_END,
     SUM_OF_KEYS,
     SUM_OF_PAIRS,
     linear_attention_kernel,
@@ -49,6 +50,7 @@ class Sides(NamedTuple):
 
 
 LEFT = Sides()
+OTHER = Sides(OTHER_END.value)
 
 
 class Pass(NamedTuple):
@@ -71,20 +73,22 @@ class Pass(NamedTuple):
 
 
 def tile(call, step):
-    """(CHUNK, BV, num_warps, num_stages) and BK of a pass; columns past the widths are masked."""
+    """(CHUNK, BV, num_warps, num_stages) and registers of a pass; columns past the widths are masked."""
     width = padded(step.b.x.shape[3])
+    mapped = max(step.b.map, step.a.map if step.a else 0) != IDENTITY.value
     whole = max(step.c.map, step.input.map if step.input else 0) >= EXP_SHIFTED.value
-    walks = call.sequences * call.heads
-    return configs.config(call.q.dtype, width, padded(step.c.x.shape[3]), whole, walks, call.q.device), width
+    two_states = call.mode == BIDIRECTIONAL
+    widths, walks = (width, padded(step.c.x.shape[3])), call.sequences * call.heads
+    return configs.config(call.q.dtype, *widths, whole, mapped, two_states, walks, call.q.device)
 
 
 def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, sides=LEFT):
     """Launch the pass kernel over whole sequences, or segments of `segment` tokens."""
-    config, block_keys = tile(call, step)
+    config, registers = tile(call, step)
     a, b, c, given = step.a, step.b, step.c, step.input
     rows = a if step.out is not None else b
     length = rows.x.shape[1]
-    backwards = (call.mode == REVERSE) != (sides.kind == FROM_RIGHT.value)
+    backwards = (call.mode == REVERSE) != (sides.kind in (OTHER_END.value, FROM_RIGHT.value))
     strides = [x.x.stride()[:3] if x is not None else (0, 0, 0) for x in (a, b, c, given)]
     strides = sum(strides, ()) + call.decay_strides
     factors = [x.factor if x is not None else None for x in (a, b, c)]
@@ -94,7 +98,7 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
     )  # fmt: skip
     constants = (
         call.heads, *(x.group if x is not None else 1 for x in (a, b, c, given)), b.x.shape[3], c.x.shape[3],
-        block_keys, *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
+        padded(b.x.shape[3]), *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
         *(call.heads if f is not None and f.dim() == 3 else 1 for f in factors),
         step.vector, walks, -1 if backwards else 1, call.steady, step.transposed, segment, by_slot,
         step.value_scale != 1.0, sides.kind, call.wide, call.precision,
@@ -107,6 +111,7 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
             (*pointers, *call.where(length, segment), *strides, step.scale, step.eps, step.value_scale),
             constants,
             config,
+            maxnreg=registers,
         )
 
 
@@ -114,7 +119,7 @@ def walk(call, step, left):
     """A causal pass, of whole sequences where these fill the processors, else of segments after a scan over them."""
     config, _ = tile(call, step)
     length = step.b.x.shape[1]
-    programs = call.sequences * call.heads * ceil_div(step.c.x.shape[3], config[1])
+    programs = call.sequences * call.heads * ceil_div(step.c.x.shape[3], config[1]) * config[2] // 4
     segment = configs.segment_tokens(call.q.device, programs, length, config[0])
     if not segment:
         return run(call, step, left.start, left.end)
@@ -215,10 +220,12 @@ def linear_attention_bwd(
     grad = Rows(dout, factor=factor)
     right = Side(query, grad, State(ds, dz), State(ds0, dz0), x)
     ddecay = call.empty(0)
-    if mode in (CAUSAL, REVERSE):
+    left = Side(key, value, State(s0, z0))
+    whole = max(map_q, map_k) >= EXP_SHIFTED.value
+    by_passes = not want_ddecay and configs.by_passes(q.dtype, padded(q.shape[3]), whole)
+    if mode in (CAUSAL, REVERSE) and not by_passes:
         if want_ddecay:
             ddecay = make((batch, length, heads), dtype=torch.float32, device=q.device)
-        left = Side(key, value, State(s0, z0))
         _gradients(call, left, right, (dq, *parts, ddecay if want_ddecay else None), s0 is None)
     else:
         pairs = SUM_OF_PAIRS.value if normalize else NOTHING.value
@@ -231,13 +238,30 @@ def linear_attention_bwd(
         if mode == BIDIRECTIONAL:
             for step in (dq_step, dk_step, dv_step):
                 both_sides(call, step)
-        else:
+        elif mode == NON_CAUSAL:
             carry(call, None, right, tile(call, dk_step)[0][0])
             apply(call, dq_step, State(s, z if normalize else None))
             apply(call, dk_step, right.end)
             apply(call, dv_step, State(ds0))
+        else:
+            _passes(call, left, right, dq_step, dk_step, dv_step)
     dk, dv = (part if group == 1 else part.unflatten(2, (-1, group)).sum(3).to(q.dtype) for part in parts)
     return dq, dk, dv, ddecay, call.empty(0) if s0 is None else ds0, call.empty(0) if z0 is None else dz0
+
+
+def _passes(call, left, right, dq_step, dk_step, dv_step):
+    """The gradients by passes over whole sequences, or over segments after a scan from both ends."""
+    config, _ = tile(call, dq_step)
+    length = left.b.x.shape[1]
+    programs = call.sequences * call.heads * ceil_div(left.b.x.shape[3], config[1]) * config[2] // 4
+    segment = configs.segment_tokens(call.q.device, programs, length, config[0])
+    states, end = (left.start, right.start), right.end
+    if segment:
+        states, end = carry(call, left, right, config[0], segment=segment, keep_segments=True), NO_STATE
+    options = {"segment": segment, "by_slot": segment > 0}
+    run(call, dq_step, states[0], **options)
+    run(call, dk_step, states[1], end, sides=OTHER, **options)
+    run(call, dv_step, State(states[1].s), sides=OTHER, **options)
 
 
 def _gradients(call, left, right, results, fresh):

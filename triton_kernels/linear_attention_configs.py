@@ -2,32 +2,37 @@
 
 Each table gives, for bfloat16 or not and a padded key width, the tiles of a kernel; a later sweep replaces entries.
 Float32 operands (float32 and float16 inputs) take twice the shared memory of bfloat16. In bfloat16 up to width 128,
-FORWARD and GRADIENTS are the best of a sweep on an NVIDIA H100 80GB HBM3, 2026-11-23; the rest is chosen by what ptxas
-reports for sm_90.
+FORWARD and GRADIENTS are the best of a sweep on an NVIDIA H100 80GB HBM3, 2026-11-23; the rest, MAPPED included, is
+chosen by what ptxas reports for sm_90.
 """
 
 import torch
 
 from .launch import processors
 
-WHOLE = 1.25  # programs a multiprocessor from which on each walks a whole sequence
-PROGRAMS = 2  # programs a multiprocessor that a launch should reach where sequences are cut
+WHOLE = 1.25  # programs of 4 warps a multiprocessor from which on each walks a whole sequence
+PROGRAMS = 2  # programs of 4 warps a multiprocessor that a launch should reach where sequences are cut
 SHORTEST_SEGMENT = 4  # chunks: a shorter segment would read and write more state than tokens
-SCAN_TILE, SCAN_ROWS = 2048, 64  # numbers that a program of the scan takes at once, and of how many segments at most
+SCAN_TILE, SCAN_ROWS = 4096, 512  # numbers that a program of the scan takes at once, and of how many segments at most
 
-# (half, width): (CHUNK, BV value columns of a program, num_warps, num_stages).
+# (half, width): (CHUNK, BV value columns of a program, num_warps, num_stages, registers a thread may take or None).
 FORWARD = {
-    (True, 64): (64, 64, 4, 2),
-    (True, 128): (64, 64, 4, 2),
-    (True, 256): (64, 64, 8, 2),
-    (False, 128): (32, 32, 4, 1),
-    (False, 256): (32, 16, 4, 1),
+    (True, 64): (64, 64, 4, 2, None),
+    (True, 128): (64, 64, 4, 2, None),
+    (True, 256): (64, 64, 8, 2, None),
+    (False, 128): (32, 32, 4, 1, None),
+    (False, 256): (32, 16, 4, 1, None),
+}
+# The same for queries and keys under a feature map, which every program takes of all their columns.
+MAPPED = {
+    **FORWARD,
+    (True, 128): (64, 64, 8, 3, None),
 }
 # (half, width): (BLOCKS of a chunk, ROWS of a block, BK key columns of a state, BV value columns of a program,
 # num_warps, num_stages) of the result with the states of all chunks in memory; None: programs carry them (FORWARD).
 OUTPUTS = {
     (True, 128): None,
-    (True, 256): (4, 64, 64, 128, 8, 2),
+    (True, 256): None,
     (False, 256): None,
 }
 # (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages, registers a thread
@@ -36,6 +41,12 @@ GRADIENTS = {
     (True, 64): (1, 64, 64, 4, 1, None),
     (True, 256): (1, 64, 64, 8, 2, 128),
     (False, 256): (2, 32, 32, 4, 1, None),
+}
+# (half, width): whether passes (FORWARD) make the gradients instead, where no decay is learned.
+PASSES = {
+    (True, 64): False,
+    (True, 256): True,
+    (False, 256): False,
 }
 # (half, width): (columns and rows of a program's part of a state, num_warps, num_stages).
 STATES = {
@@ -50,17 +61,29 @@ def entry(table, dtype, width):
     return table[min(key for key in table if key[0] == half and key[1] >= width)]
 
 
-def config(dtype, width, value_width, whole_rows, walks, device):
-    """(CHUNK, BV, num_warps, num_stages) of a pass, for padded widths; whole_rows: all columns in a program.
+def by_passes(dtype, width, whole_rows):
+    """Whether passes make the gradients of one direction where no decay is learned.
 
-    `walks` states are carried; where they fill too few processors a program takes 32 columns.
+    whole_rows: a map needs all key columns, which would be too large a state of a program.
     """
-    chunk, columns, warps, stages = entry(FORWARD, dtype, width)
+    return not whole_rows and entry(PASSES, dtype, width)
+
+
+def config(dtype, width, value_width, whole_rows, mapped, two_states, walks, device):
+    """(CHUNK, BV, num_warps, num_stages) of a pass and registers, for padded widths.
+
+    whole_rows: all columns in a program; mapped: queries or keys have a feature map; two_states: a program meets those
+    of both sides. `walks` states are carried; where they fill too few processors a program takes 32 columns, unless it
+    would repeat a map.
+    """
+    narrow = two_states and (mapped or width > 128)  # for the sake of shared memory
+    mapped = mapped and not narrow
+    chunk, columns, warps, stages, registers = entry(MAPPED if mapped else FORWARD, dtype, width)
     if whole_rows:
-        columns, warps = value_width, 8 if value_width > 64 else warps
-    elif columns > 32 and walks * value_width < columns * WHOLE * processors(device):
-        columns = 32
-    return chunk, min(columns, value_width), warps, stages
+        columns, warps, registers = value_width, 8 if value_width > 64 else warps, None
+    elif not mapped and (narrow or walks * value_width < columns * WHOLE * processors(device)):
+        columns = min(columns, 32)
+    return (chunk, min(columns, value_width), warps, stages), registers
 
 
 def outputs_config(dtype, width, value_width):
@@ -108,7 +131,7 @@ def scan_config(count, elements, walks, device):
 def segment_tokens(device, programs, tokens, chunk):
     """Tokens of a segment where sequences of together `tokens` / `programs` tokens are cut; 0: each stays whole.
 
-    `programs` walk a whole sequence each. Powers of two, because each is compiled for itself.
+    `programs` of 4 warps walk a whole sequence each. Powers of two, because each is compiled for itself.
     """
     if programs >= WHOLE * processors(device):
         return 0

@@ -5,8 +5,8 @@ With queries a, keys b, values c, in the order of the walk, and G the running su
     y_i = sum over j <= i of e^(G_i - G_j) (a_i . b_j + x_i w_j) c_j  +  e^(G_i) (S^T a_i + x_i z),
 
 where S = sum of decayed b c^T and z = sum of decayed w c (with a normaliser: of b) come from the left. The result is
-a, b, c = q, k, v. Where S is the same for all queries, and in both directions at once, passes make the gradients too:
-dq is dout, v, k, dk is v, dout, q and dv is k, q, dout. Else linear_attention_gradients.py does.
+a, b, c = q, k, v. Three more passes make the gradients: dq is dout, v, k, and, from the other end, dk is v, dout, q and
+dv is k, q, dout. Those of learned decays and of narrow heads are made by linear_attention_gradients.py.
 
 A program owns BV value columns of one head of one segment, holds S in registers and walks the segment chunk by chunk.
 Products take bfloat16 operands, or float32 ones: as tf32 for float16 inputs, whose range the scores and states exceed,
@@ -14,14 +14,18 @@ as three tf32 products for float32 inputs. No product takes the transpose of ano
 
 Retention in both directions takes two walks over the keys: one from the right that leaves the state right of every
 chunk, and one from the left that adds, to all pairs within a chunk, both states.
+
+In a walk from the other end the decay of a token acts a step late: on what it passes on, not on what it meets.
 """
 
 import triton
 import triton.language as tl
 
 from .linear_attention_rows import (
+    PARTS,
     UNSPECIALIZED,
     derivative_product,
+    in_parts,
     log_decays,
     operand,
     phi,
@@ -32,7 +36,7 @@ from .linear_attention_rows import (
 )
 
 NOTHING, SUM_OF_KEYS, SUM_OF_PAIRS = (tl.constexpr(i) for i in range(3))  # what z is
-ONE_SIDED, FROM_RIGHT, BOTH_SIDES = (tl.constexpr(i) for i in range(3))
+ONE_SIDED, OTHER_END, FROM_RIGHT, BOTH_SIDES = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -75,6 +79,8 @@ def linear_attention_kernel(
         end = tl.minimum(row + SEGMENT, length)
         if row >= length:
             return
+        if SIDES == OTHER_END:  # segments are those of the walk from the first end
+            row, end = length - end, length - row
 
     chunks = tl.cdiv(length, CHUNK)
     first_chunk = sequence * chunks if cu is None else start // CHUNK + sequence
@@ -89,11 +95,15 @@ def linear_attention_kernel(
     exists = (keys < K)[:, None] & (cols < V)[None, :]
     if state is not None:
         s = tl.load(state_pointers(state, state_index, keys, cols, K, V, TRANSPOSED), mask=exists, other=0.0)
-    z = tl.zeros([BK if VECTOR == SUM_OF_KEYS else BV], tl.float32)
+    z = tl.zeros([BK, PARTS] if VECTOR == SUM_OF_KEYS else [BV], tl.float32)  # of keys: the sum of its columns
     width_z: tl.constexpr = K if VECTOR == SUM_OF_KEYS else V
     place_z = keys if VECTOR == SUM_OF_KEYS else cols
     if VECTOR != NOTHING and vector is not None:
-        z = tl.load(vector + state_index.to(tl.int64) * width_z + place_z, mask=place_z < width_z, other=0.0)
+        start_z = tl.load(vector + state_index.to(tl.int64) * width_z + place_z, mask=place_z < width_z, other=0.0)
+        if VECTOR == SUM_OF_KEYS:
+            z = tl.where(tl.arange(0, PARTS)[None, :] == 0, start_z[:, None], 0.0)
+        else:
+            z = start_z
     if decay is not None:
         decay += batch * stride_db + first * stride_dt + head * stride_dh
         steady = steady_log_decay(decay, STEADY, exact)
@@ -108,7 +118,7 @@ def linear_attention_kernel(
 
     for chunk in tl.range(row, end, CHUNK):
         inside = (chunk + offs < end) & (chunk + offs >= 0)
-        if SIDES != ONE_SIDED:
+        if SIDES == FROM_RIGHT or SIDES == BOTH_SIDES:
             number = first_chunk + ((end - CHUNK - chunk) // CHUNK if SIDES == FROM_RIGHT else chunk // CHUNK)
             right_index = number * HEADS + h
         if SIDES == FROM_RIGHT:
@@ -117,12 +127,13 @@ def linear_attention_kernel(
                 mask=exists,
             )  # fmt: skip
             if VECTOR == SUM_OF_PAIRS or (VECTOR == SUM_OF_KEYS and piece == 0):
-                tl.store(right_vector + right_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)
+                own_z = tl.sum(z, 1) if VECTOR == SUM_OF_KEYS else z
+                tl.store(right_vector + right_index.to(tl.int64) * width_z + place_z, own_z, mask=place_z < width_z)
         walked = (chunk + offs).to(tl.int64) * STEP
         places = place + walked
         if WALKS:
-            kb = operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP_B, HEADS_FB, WIDE)
-            vb = operand(c, factor_c, walked * stride_ct, places, inside, cols, h, V, MAP_C, HEADS_FC, WIDE)
+            kb = operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP_B, HEADS_FB, WIDE, ONCE=True)
+            vb = operand(c, factor_c, walked * stride_ct, places, inside, cols, h, V, MAP_C, HEADS_FC, WIDE, MAP_C > 0)
         if VECTOR == SUM_OF_PAIRS and WALKS:
             if w is not None:
                 ws = scalars(w, places, inside, h, HEADS)
@@ -130,12 +141,16 @@ def linear_attention_kernel(
                 ws = tl.where(inside, 1.0, 0.0)
         if decay is not None:
             g, running, remaining, total = log_decays(
-                decay, steady, chunk, offs, stride_dt, length, STEP, STEADY, exact, CHUNK
+                decay, steady, chunk, offs, stride_dt, end, STEP, STEADY, exact, CHUNK
             )
+            if SIDES == OTHER_END:
+                late = steady if STEADY else g
+                running -= late
+                remaining += late
             before = tl.exp(running.to(tl.float32))
             after = tl.exp(remaining.to(tl.float32))
         if out is not None:
-            qb = operand(a, factor_a, walked * stride_at, places, inside, keys, h, K, MAP_A, HEADS_FA, WIDE)
+            qb = operand(a, factor_a, walked * stride_at, places, inside, keys, h, K, MAP_A, HEADS_FA, WIDE, ONCE=True)
             y = tl.dot(qb, s.to(qb.dtype), input_precision=PRECISION)
             if VECTOR == SUM_OF_PAIRS:
                 if x is not None:
@@ -144,7 +159,7 @@ def linear_attention_kernel(
                     xs = tl.where(inside, 1.0, 0.0)
                 y += xs[:, None] * z[None, :]
             if VECTOR == SUM_OF_KEYS:
-                weights = tl.sum(qb.to(tl.float32) * z[None, :], 1)
+                weights = tl.sum(tl.dot(qb, in_parts(tl.sum(z, 1), qb.dtype), input_precision=PRECISION), 1)
             if WALKS:
                 scores = tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
                 if VECTOR == SUM_OF_PAIRS:
@@ -169,7 +184,8 @@ def linear_attention_kernel(
                         if VECTOR == SUM_OF_PAIRS:
                             far += xs[:, None] * right_z[None, :]
                         else:
-                            far_weights = tl.sum(qb.to(tl.float32) * right_z[None, :], 1) * from_right
+                            right_z = in_parts(right_z, qb.dtype)
+                            far_weights = tl.sum(tl.dot(qb, right_z, input_precision=PRECISION), 1) * from_right
                     y += far * from_right[:, None]
                 elif decay is not None:
                     apart = (running[:, None] - running[None, :]).to(tl.float32)
@@ -207,10 +223,10 @@ def linear_attention_kernel(
                 z *= kept
                 vb = (vb * after[:, None]).to(vb.dtype)
             if VECTOR == SUM_OF_KEYS:
-                grown = kb.to(tl.float32)
+                shares = tl.where(inside, 1.0, 0.0)
                 if decay is not None:
-                    grown *= after[:, None]
-                z += tl.sum(grown, 0)
+                    shares *= after
+                z = tl.dot(tl.trans(kb), in_parts(shares, kb.dtype), z, input_precision=PRECISION)
             if VECTOR == SUM_OF_PAIRS:
                 z += tl.sum(ws[:, None] * vb.to(tl.float32), 0)
             if SCALED:
@@ -221,4 +237,5 @@ def linear_attention_kernel(
     if final_state is not None:
         tl.store(state_pointers(final_state, state_index, keys, cols, K, V, TRANSPOSED), s, mask=exists)
     if final_vector is not None and (VECTOR == SUM_OF_PAIRS or piece == 0):
-        tl.store(final_vector + state_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)
+        final_z = tl.sum(z, 1) if VECTOR == SUM_OF_KEYS else z
+        tl.store(final_vector + state_index.to(tl.int64) * width_z + place_z, final_z, mask=place_z < width_z)

@@ -90,12 +90,18 @@ def linear_attention_gradients_kernel(
         products_o = tl.zeros([ROWS, ROWS], tl.float32)
         grads_o = tl.zeros([ROWS, ROWS], tl.float32)
 
+    keys = tl.arange(0, BK)
+    if K <= BK:  # one tile, of which phi is taken once
+        qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE, ONCE=True)
+        kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE, ONCE=True)
+
     # Scores of (query i, key j) and, as "..._t", of (key j, query i): no product takes another's transpose.
     products_t = tl.zeros([ROWS, ROWS], tl.float32)
     for d in tl.range(0, K, BK):
-        keys = d + tl.arange(0, BK)
-        qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE)
-        kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
+        if K > BK:
+            keys = d + tl.arange(0, BK)
+            qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE)
+            kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
         products_t = tl.dot(kb, tl.trans(qb), products_t, input_precision=PRECISION)
         if BLOCKS == 2:
             if first_part:
@@ -195,8 +201,9 @@ def linear_attention_gradients_kernel(
         acc_q *= (before * scale)[:, None]
         if decay is not None:
             acc_k *= after[:, None]
-        qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE)
-        kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
+        if K > BK:
+            qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE)
+            kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
         if ddecay is not None:
             behind += tl.sum(qb.to(tl.float32) * acc_q, 1)
             ahead += tl.sum(kb.to(tl.float32) * acc_k, 1)
@@ -224,7 +231,8 @@ def linear_attention_gradients_kernel(
             keys = d + tl.arange(0, BK)
             exists = (keys < K)[:, None] & (cols < V)[None, :]
             right = tl.load(state_pointers(right_states, state_index, keys, cols, K, V, False), mask=exists, other=0.0)
-            kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
+            if K > BK:
+                kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
             acc_v = tl.dot(kb, right, acc_v, input_precision=PRECISION)
         if decay is not None:
             acc_v *= after[:, None]

@@ -11,21 +11,43 @@ LARGEST_EXPONENT = tl.constexpr(80.0)
 EPS_OF_RELU = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)  # e^ it is 0 in float32; lower ones would cost the others' last digits
 
+LOG2E = tl.constexpr(1.4426950408889634)
+PARTS = tl.constexpr(16)  # columns of `in_parts`, the narrowest tile of a product
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 UNSPECIALIZED = ("sequences", "tokens", "segments", "steps")
 
 
 @triton.jit
+def _exp_of_negative(x):
+    """e^x, with 0 for denormal results: providing for these would take three more instructions a number."""
+    x *= LOG2E
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr, ONCE: tl.constexpr):
+    """x as DTYPE. Without the instruction's name, numbers of a pair that are also widened again are rounded one by one,
+    at an eighth of the rate."""
+    if INTERPRETED or DTYPE != tl.bfloat16:
+        return x.to(DTYPE)
+    return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, not ONCE, 2)
+
+
+@triton.jit
 def phi(x, inside, MAP: tl.constexpr):
-    """The feature map in float32 of rows x; 0 outside."""
+    """The feature map in float32 of rows x, which are 0 outside; the result is finite there."""
     x = x.to(tl.float32)
     if MAP == ELU1:
-        x = tl.where(x >= 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+        x = tl.maximum(x, 0.0) + _exp_of_negative(tl.minimum(x, 0.0))
     elif MAP == RELU:
         x = tl.maximum(x, 0.0)
     elif MAP == RELU_EPS:
         x = tl.maximum(x, 0.0) + EPS_OF_RELU
     elif MAP == SIGMOID:
-        e = tl.exp(-tl.abs(x))
+        e = _exp_of_negative(-tl.abs(x))
         x = tl.where(x > 0, 1.0, e) / (1.0 + e)
     elif MAP == EXP:
         x = tl.exp(tl.minimum(x, LARGEST_EXPONENT))
@@ -35,8 +57,6 @@ def phi(x, inside, MAP: tl.constexpr):
         if MAP == SOFTMAX:
             total = tl.sum(x, 1)
             x = x / tl.where(total == 0.0, 1.0, total)[:, None]
-    if MAP != IDENTITY:
-        x = tl.where(inside, x, 0.0)
     return x
 
 
@@ -44,7 +64,7 @@ def phi(x, inside, MAP: tl.constexpr):
 def derivative_product(p, y, MAP: tl.constexpr):
     """phi'(x) y, given p = phi(x)."""
     if MAP == ELU1:
-        y = tl.where(p < 1.0, p * y, y)
+        y *= tl.minimum(p, 1.0)
     elif MAP == RELU:
         y = tl.where(p > 0.0, y, 0.0)
     elif MAP == RELU_EPS:
@@ -68,16 +88,35 @@ def scalars(base, places, inside, h, HEADS: tl.constexpr):
 
 @triton.jit
 def operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr, MAP: tl.constexpr,
-            FACTOR_HEADS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Rows at `offsets` after phi and factor, as an operand of a product; 0 where not inside."""
+            FACTOR_HEADS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr = False,
+            ONCE: tl.constexpr = False):  # fmt: skip
+    """Rows at `offsets` after phi and factor, as an operand of a product.
+
+    0 where not inside without phi or if MASKED; else finite, for where the other operand is 0 there.
+    """
     within = inside[:, None] & (cols < WIDTH)[None, :]
     x = tl.load(base + offsets[:, None] + cols[None, :], mask=within, other=0.0)
     if MAP == IDENTITY and factor is None:
         return x.to(tl.float32) if WIDE else x
     y = phi(x, within, MAP)
+    if MAP != IDENTITY and (cols.shape[0] - 1) & WIDTH != 0:  # not all columns exist
+        y = tl.where((cols < WIDTH)[None, :], y, 0.0)
     if factor is not None:
-        y = y * scalars(factor, places, inside, h, FACTOR_HEADS)[:, None]
-    return y if WIDE else y.to(x.dtype)
+        y *= scalars(factor, places, inside, h, FACTOR_HEADS)[:, None]
+    elif MASKED:
+        y *= tl.where(inside, 1.0, 0.0)[:, None]
+    return y if WIDE else _rounded(y, x.dtype, ONCE)
+
+
+@triton.jit
+def in_parts(x, DTYPE: tl.constexpr):
+    """Numbers (N,) as the operand (N, 8) of a product: what bfloat16 holds of them, the rest, and zeros.
+
+    Summed over the columns, a product with it has nearly float32's precision and costs no arithmetic in registers.
+    """
+    column = tl.arange(0, PARTS)[None, :]
+    high = x.to(tl.bfloat16).to(tl.float32)
+    return tl.where(column == 0, high[:, None], tl.where(column == 1, (x - high)[:, None], 0.0)).to(DTYPE)
 
 
 @triton.jit

@@ -78,8 +78,8 @@ def linear_attention(
     Gradients: q, k, v, decay, token_scale, the states; once (no gradient of a gradient). Deterministic. Host sync:
         none, except in the reference.
     Cost: O(T D M) FLOPs, O(T (D + M)) memory. Reads q, k, v once and writes o once; a call with few heads is split over
-        T and reads k, v twice. On a GPU the backward keeps T D M / 64 numbers of states a head (T D M / 32 with a
-        learned decay), and with D > 128 the forward T D M / 256, in the dtype of the products.
+        T and reads k, v twice. On a GPU the backward of a learned decay, of float32 and float16 and of D <= 64 keeps
+        T D M / 32 numbers of states a head, in the dtype of the products.
     Source: Katharopoulos et al., Transformers are RNNs (2020), sections 3.2 to 3.4; Sun et al., Retentive Network
         (2023), section 2.1; Yang et al., Gated Linear Attention (2024), for the chunks and the gradient of gates.
 
