@@ -6,6 +6,7 @@ from test_varlen_attention import BACKENDS, BF16, F16, Case, make, offsets, run,
 
 import flowattn as fa
 from flowattn._library import op
+from flowattn.triton_kernels import varlen_attention_configs as configs
 
 
 @pytest.mark.parametrize("layout", ["dense", "heads-first", "one-buffer", "expanded"])
@@ -131,3 +132,12 @@ def test_private_ops_check_what_protects_memory(native):
     for name, arguments, message in wrong:
         with pytest.raises(RuntimeError, match=f"varlen_attention: {message}.*; got "):
             op(f"varlen_attention_{name}")(*arguments, *options, *[True] * (name == "bwd"))
+
+
+@pytest.mark.parametrize("dtype", (F16, torch.float32), ids=str)
+@pytest.mark.parametrize("scored", (False, True))
+@pytest.mark.parametrize("masked", (False, True))
+def test_statistics_of_whole_blocks_are_written(masked, scored, dtype):
+    for width in (16, 64, 128, 256):
+        options = (dtype, width, 512, masked, scored)
+        assert configs.dq_config(*options)[0] % configs.dkv_config(*options)[0] == 0, width

@@ -12,8 +12,8 @@ from .axial_lines import offset
 from .intervals import tile_interval
 from .launch import Launcher, alignments
 from .varlen_attention import _fwd_keys
-from .varlen_attention_blocks import load_rows, row_lse, store_rows
-from .varlen_attention_bwd import _dkv_queries, _dq_keys
+from .varlen_attention_blocks import load_rows, row_lse, store_rows, store_statistics
+from .varlen_attention_bwd import _dkv_queries, _dq_keys, statistics_span
 
 SIZE_ARGUMENTS = ("tiles", "n", "m", "shift")
 
@@ -73,12 +73,12 @@ def axial_attention_long_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZE_ARGUMENTS)
 def axial_attention_long_bwd_dq_kernel(
-    q, k, v, out, do, dq, lse, dlse, delta, tiles, n, m, shift, scale, factor, scores,
+    q, k, v, out, do, dq, lse, dlse, statistics, tiles, n, m, shift, scale, factor, scores,
     SIZES: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, OUT: tl.constexpr, DO: tl.constexpr,
     DQ: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     MASK: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """lse, dlse and delta are (lines, n); delta = rowsum(dO * O) - dLSE is written here."""
+    """lse and dlse are (lines, n). Writes the statistics, (lines, n in whole blocks, 2): see store_statistics."""
     line, sequence, head, row = _owned(tiles, GROUP, BM)
     q, q_row = _line(q, sequence, head, SIZES, Q, RANK)
     k, k_row = _line(k, sequence, 0, SIZES, K, RANK)
@@ -102,24 +102,26 @@ def axial_attention_long_bwd_dq_kernel(
     acc = tl.zeros([BM, BD], tl.float32)
     begin, full_begin, full_end, end = tile_interval(row, BM, m, shift, 0, 0, BN, False, CAUSAL)
     none, sums = at_head(scores, 0, 0, 1, n, 0, 0, 0, 0, 1), tl.zeros([1], tl.float32)
+    if CAUSAL:
+        acc, sums = _dq_keys(
+            acc, sums, qb, dob, lse_rows, row_delta, k, v, k_row, v_row, begin, full_end, row, m, shift, 0, 0, factor,
+            scores, none, D, DV, BM, BN, BD, BD, False, False, CAUSAL, PRECISION, 0,
+        )  # fmt: skip
+        begin = full_end
     acc, sums = _dq_keys(
-        acc, sums, qb, dob, lse_rows, row_delta, k, v, k_row, v_row, full_begin, full_end, row, m, shift, 0, 0, factor,
-        scores, none, D, DV, BM, BN, BD, BD, False, False, CAUSAL, PRECISION, 0,
-    )  # fmt: skip
-    acc, sums = _dq_keys(
-        acc, sums, qb, dob, lse_rows, row_delta, k, v, k_row, v_row, full_end, end, row, m, shift, 0, 0, factor, scores,
+        acc, sums, qb, dob, lse_rows, row_delta, k, v, k_row, v_row, begin, end, row, m, shift, 0, 0, factor, scores,
         none, D, DV, BM, BN, BD, BD, True, False, CAUSAL, PRECISION, 0,
     )  # fmt: skip
-    tl.store(delta + values + row + offs, row_delta, mask=inside)
+    store_statistics(statistics + tl.cast(line, tl.int64) * tl.cdiv(n, BM) * (2 * BM), row, lse_rows, row_delta, BM)
     store_rows(dq, row, dq_row, n, offs, channels, acc * scale, D)
 
 
 @triton.jit(do_not_specialize=SIZE_ARGUMENTS)
 def axial_attention_long_bwd_dkv_kernel(
-    q, k, v, do, dk, dv, lse, delta, tiles, n, m, shift, scale, factor, scores,
+    q, k, v, do, dk, dv, statistics, tiles, n, m, shift, scale, factor, scores,
     SIZES: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, DO: tl.constexpr, DK: tl.constexpr,
     DV_: tl.constexpr, RANK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     _, sequence, _, key = _owned(tiles, 1, BN)
     k, k_row = _line(k, sequence, 0, SIZES, K, RANK)
@@ -138,20 +140,21 @@ def axial_attention_long_bwd_dkv_kernel(
     for head in range(GROUP):
         q_line, q_row = _line(q, sequence, head, SIZES, Q, RANK)
         do_line, do_row = _line(do, sequence, head, SIZES, DO, RANK)
-        values = (tl.cast(sequence, tl.int64) * GROUP + head) * n
+        line = statistics + (tl.cast(sequence, tl.int64) * GROUP + head) * tl.cdiv(n, BM) * (2 * BM)
+        rest = begin
         if CAUSAL:
             dk_sum, dv_sum = _dkv_queries(
-                dk_sum, dv_sum, kb, vb, q_line, do_line, lse + values, delta + values, q_row, do_row, begin, full_begin,
-                key, n, m, shift, 0, 0, scale, factor, scores, none, D, DV, BM, BN, BD, BD, True, False, CAUSAL,
-                PRECISION,
+                dk_sum, dv_sum, kb, vb, q_line, do_line, line, q_row, do_row, begin, full_begin, key, n, m, shift, 0, 0,
+                scale, factor, scores, none, D, DV, BM, BN, BD, BD, True, False, CAUSAL, PRECISION, SPAN,
             )  # fmt: skip
+            dk_sum, dv_sum = _dkv_queries(
+                dk_sum, dv_sum, kb, vb, q_line, do_line, line, q_row, do_row, full_begin, full_end, key, n, m, shift, 0,
+                0, scale, factor, scores, none, D, DV, BM, BN, BD, BD, False, False, CAUSAL, PRECISION, SPAN,
+            )  # fmt: skip
+            rest = full_end
         dk_sum, dv_sum = _dkv_queries(
-            dk_sum, dv_sum, kb, vb, q_line, do_line, lse + values, delta + values, q_row, do_row, full_begin, full_end,
-            key, n, m, shift, 0, 0, scale, factor, scores, none, D, DV, BM, BN, BD, BD, False, False, CAUSAL, PRECISION,
-        )  # fmt: skip
-        dk_sum, dv_sum = _dkv_queries(
-            dk_sum, dv_sum, kb, vb, q_line, do_line, lse + values, delta + values, q_row, do_row, full_end, end,
-            key, n, m, shift, 0, 0, scale, factor, scores, none, D, DV, BM, BN, BD, BD, True, False, CAUSAL, PRECISION,
+            dk_sum, dv_sum, kb, vb, q_line, do_line, line, q_row, do_row, rest, end, key, n, m, shift, 0, 0, scale,
+            factor, scores, none, D, DV, BM, BN, BD, BD, True, False, CAUSAL, PRECISION, SPAN,
         )  # fmt: skip
     if PRECISION != "tf32x3":  # there the queries were scaled
         dk_sum *= scale
@@ -186,13 +189,16 @@ def backward(call, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale):
     sq, sk, sv, sdo, sdq, sdk, sdv, sout, *_ = call.strides
     factors = _factors(call, scale)
     lse, dlse = (None if x is None else x.movedim(call.axis, -1).contiguous() for x in (lse, dlse))
-    delta, config = torch.empty_like(lse), long_backward(q.dtype, call.block)
+    config = long_backward(q.dtype, call.block)
     lengths = (call.n, call.m, call.shift)
     tiles = triton.cdiv(call.n, config[0])
+    lines = call.sequences * call.group
+    # One block more, which load_statistics may read beyond the last.
+    statistics = torch.empty((lines * tiles + 1) * config[0] * 2, dtype=torch.float32, device=q.device)
     _dq(
-        call.sequences * call.group * tiles,
+        lines * tiles,
         (q.dtype, alignments(q, k, v, dout, out, dq)),
-        (q, k, v, out, dout, dq, lse, dlse, delta, tiles, *lengths, *factors),
+        (q, k, v, out, dout, dq, lse, dlse, statistics, tiles, *lengths, *factors),
         (call.inner, sq, sk, sv, sout, sdo, sdq, *call.common),
         config,
     )
@@ -200,7 +206,7 @@ def backward(call, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale):
     _dkv(
         call.sequences * tiles,
         (q.dtype, alignments(q, k, v, dout, dk, dv)),
-        (q, k, v, dout, dk, dv, lse, delta, tiles, *lengths, *factors),
-        (call.inner, sq, sk, sv, sdo, sdk, sdv, *call.common),
+        (q, k, v, dout, dk, dv, statistics, tiles, *lengths, *factors),
+        (call.inner, sq, sk, sv, sdo, sdk, sdv, *call.common, statistics_span(config)),
         config,
     )

@@ -13,7 +13,7 @@ from .attention_scores import at_head
 from .intervals import other_side, tile_interval
 from .launch import Launcher, alignments
 from .varlen_attention import UNSPECIALIZED
-from .varlen_attention_blocks import load_rows, p_and_dp, row_lse
+from .varlen_attention_blocks import load_rows, load_statistics_within, p_and_dp, statistics_of
 from .varlen_attention_configs import dbias_config
 
 # Programs wanted on a large GPU. A constant, so that the order of the sums depends on shapes alone.
@@ -22,7 +22,7 @@ PROGRAMS = 512
 
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "splits", "bias_batch", "bias_heads"))
 def dense_bias_gradient_kernel(
-    q, k, v, do, lse, delta, dbias,  # dbias (splits, 1 or B, 1 or H, bias_q, bias_k)
+    q, k, v, do, statistics, dbias,  # dbias (splits, 1 or B, 1 or H, bias_q, bias_k)
     cu_q, cu_k, batch, total_q, total_k, steps, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_dot, stride_doh, scale, factor, left, right, scores, bias_q, bias_k, reach, threshold, splits, bias_batch,
     bias_heads,
@@ -55,13 +55,12 @@ def dense_bias_gradient_kernel(
             if PRECISION == "tf32x3":
                 q_tile *= scale
             do_tile = load_rows(do_head, row, stride_dot, length_q, offs_m, tl.arange(0, BDV), DV, BDV, True)
-            per_row = tl.cast(h, tl.int64) * total_q + start
-            lse_rows = row_lse(lse + per_row, row, offs_m, length_q)
-            row_delta = tl.load(delta + per_row + row + offs_m, mask=row + offs_m < length_q, other=0.0)
+            mine = statistics_of(statistics, h, b, start, batch, total_q, TILE)
+            lse_rows, row_delta = load_statistics_within(mine, row, length_q, offs_m)
             head = at_head(scores, b, h, batch, length_q, bias_q, bias_k, reach, threshold, HEADS)
             kb, p, dp, t = p_and_dp(
                 q_tile, do_tile, lse_rows, k_head, v_head, stride_kt, stride_vt, row, key, length_k, shift, left, right,
-                factor, scores, head, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION,
+                factor, scores, head, D, DV, BM, BN, BD, BDV, True, HAS_LEFT, HAS_RIGHT, PRECISION, False,
             )  # fmt: skip
             acc += p * (dp - row_delta[:, None])
     dbias += tl.cast(slice_, tl.int64) * bias_q * bias_k
@@ -74,14 +73,14 @@ _dbias = Launcher(dense_bias_gradient_kernel)
 
 def dense_bias_gradient(shape, tensors, offsets, sizes, strides, values, key, fixed):
     """float32, of `shape` (1 or B, 1 or H, S, S). The rest are arguments of the kernel as varlen_attention_bwd has
-    them: tensors q .. delta, offsets cu_q, cu_k, and the key of their options."""
-    q, lse, batch = tensors[0], tensors[4], sizes[0]
+    them: tensors q .. statistics, offsets cu_q, cu_k, and the key of their options."""
+    q, statistics, batch = tensors[0], tensors[4], sizes[0]
     heads, width = q.shape[1], max(fixed[1], fixed[2])
     config = dbias_config(q.dtype, width)
     tiles = shape[0] * shape[1] * triton.cdiv(shape[2], config[0]) * triton.cdiv(shape[3], config[1])
     sharers = (heads if shape[1] == 1 else 1) * (batch if shape[0] == 1 else 1)
     splits = max(1, min(sharers, PROGRAMS // max(tiles, 1)))
-    parts = lse.new_empty((splits, *shape))
+    parts = statistics.new_empty((splits, *shape))
     if parts.numel():
         _dbias(
             splits * tiles,

@@ -35,27 +35,30 @@ def _fwd_keys(
     """Online softmax over the key blocks of [begin, end). `top` is a product: P is exp2(unit * (product - top)), since
     the difference of large products is exact, and that of products rounded to other units would not be."""
     offs_m, offs_n, offs_d, offs_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
-    for key in tl.range(begin, end, BN):
-        kt = tl.trans(load_rows(k, key, stride_k, length, offs_n, offs_d, D, BD, MASKED))
-        s = tl.dot(q, kt, input_precision=PRECISION)  # (BM, BN)
-        if NEGATIVE:
-            s = -s
-        rows, keys = (row + offs_m)[:, None], (key + offs_n)[None, :]
-        if scores.scale is not None:
-            s, _ = modify(s, rows, keys, shift, scores, head)
-        if MASKED:
-            s = tl.where(visible(rows, keys, length, shift, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2((s - finite[:, None]) * unit)
-        correction = tl.exp2((top - finite) * unit)
-        total = total * correction + tl.sum(p, 1)
-        acc = acc * correction[:, None]
-        if scores.kept is not None:
-            p = tl.where(keep_mask(row, key, head, BM, BN), p, 0.0)
-        vb = load_rows(v, key, stride_v, length, offs_n, offs_dv, DV, BDV, MASKED)
-        acc = tl.dot(p.to(vb.dtype), vb, acc, input_precision=PRECISION)
-        top = new_top
+    # Where a loop may have no round, ptxas waits for each product by itself (C7515: something else than a product
+    # defines the sums between the first product and the wait behind the loop).
+    if begin < end:
+        for key in tl.range(begin, end, BN):
+            kt = tl.trans(load_rows(k, key, stride_k, length, offs_n, offs_d, D, BD, MASKED))
+            s = tl.dot(q, kt, input_precision=PRECISION)  # (BM, BN)
+            if NEGATIVE:
+                s = -s
+            rows, keys = (row + offs_m)[:, None], (key + offs_n)[None, :]
+            if scores.scale is not None:
+                s, _ = modify(s, rows, keys, shift, scores, head)
+            if MASKED:
+                s = tl.where(visible(rows, keys, length, shift, left, right, HAS_LEFT, HAS_RIGHT), s, float("-inf"))
+            new_top = tl.maximum(top, tl.max(s, 1))
+            finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2((s - finite[:, None]) * unit)
+            correction = tl.exp2((top - finite) * unit)
+            total = total * correction + tl.sum(p, 1)
+            acc = acc * correction[:, None]
+            if scores.kept is not None:
+                p = tl.where(keep_mask(row, key, head, BM, BN), p, 0.0)
+            vb = load_rows(v, key, stride_v, length, offs_n, offs_dv, DV, BDV, MASKED)
+            acc = tl.dot(p.to(vb.dtype), vb, acc, input_precision=PRECISION)
+            top = new_top
     return acc, top, total
 
 

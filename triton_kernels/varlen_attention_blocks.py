@@ -38,9 +38,51 @@ def row_lse(lse, row, offs, length):
 
 
 @triton.jit
+def statistics_of(statistics, h, b, start, batch, total, TILE: tl.constexpr):
+    """Where the statistics of sequence b and head h begin. No tile belongs to two sequences (see intervals.locate), so
+    that loads are aligned and need no mask."""
+    tile = tl.cast(h, tl.int64) * (total // TILE + batch + 1) + start // TILE + b
+    return statistics + tile * (2 * TILE)
+
+
+@triton.jit
+def store_statistics(statistics, row, lse, delta, BM: tl.constexpr):
+    """lse is that of row_lse. Rows beyond the sequence are stored with the others: their P will be 0."""
+    offs = row * 2 + tl.arange(0, BM)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(statistics + offs, tl.join(lse, delta))
+
+
+@triton.jit
+def load_statistics(statistics, row, BM: tl.constexpr, SPAN: tl.constexpr):
+    """(LSE, delta) of rows [row, row + BM). Only blocks of at least one number a thread does Triton copy to shared
+    memory once instead of once a thread: SPAN makes the block so many times longer than it is used."""
+    offs = tl.arange(0, 2 * SPAN * BM)
+    pairs = tl.reshape(tl.load(statistics + row * 2 + offs), (SPAN, BM, 2))
+    if SPAN == 2:
+        pairs, _ = tl.split(tl.permute(pairs, (1, 2, 0)))
+    else:
+        pairs = tl.reshape(pairs, (BM, 2))
+    return tl.split(pairs)
+
+
+@triton.jit
+def load_statistics_within(statistics, row, length, offs):
+    """(LSE, delta) of rows row + offs, also where store_statistics wrote none of them."""
+    inside = row + offs < length
+    pointers = statistics + (row + offs) * 2
+    return tl.load(pointers, mask=inside, other=float("inf")), tl.load(pointers + 1, mask=inside, other=0.0)
+
+
+@triton.jit
 def probabilities(s, lse, factor):
     """exp(factor * s - LSE). The difference is taken before it is scaled for exp2: of large scores, little remains."""
     return tl.exp2((s * factor - lse) * LOG2E)
+
+
+@triton.jit
+def bounded_probabilities(s, lse, factor):
+    """probabilities, but at most 1 for any s."""
+    return tl.exp2(tl.minimum((s * factor - lse) * LOG2E, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -48,19 +90,25 @@ def p_and_dp(
     q, do, lse_rows, k, v, stride_k, stride_v, row, key, length, shift, left, right, factor, scores, head,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    LOOSE: tl.constexpr,
 ):  # fmt: skip
-    """Key block, P, dP = dO V^T behind the dropout and the softcap's tanh, (BM, BN), of one block of keys."""
+    """Key block, P, dP = dO V^T behind the dropout and the softcap's tanh, (BM, BN), of one block of keys.
+
+    LOOSE: P of keys beyond the sequence may be any finite number, since what it multiplies is 0.
+    """
     offs_m, offs_n, offs_d, offs_dv = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     kb = load_rows(k, key, stride_k, length, offs_n, offs_d, D, BD, MASKED)
     vb = load_rows(v, key, stride_v, length, offs_n, offs_dv, DV, BDV, MASKED)
     s = tl.dot(q, tl.trans(kb), input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(vb), input_precision=PRECISION)
     rows, keys, t = (row + offs_m)[:, None], (key + offs_n)[None, :], s
     if scores.scale is not None:
         s, t = modify(s, rows, keys, shift, scores, head)
+    if LOOSE:  # an upper bound costs half of what a mask does
+        return kb, bounded_probabilities(s, lse_rows[:, None], factor), dp, t
     p = probabilities(s, lse_rows[:, None], factor)
     if MASKED:
         p = tl.where(visible(rows, keys, length, shift, left, right, HAS_LEFT, HAS_RIGHT), p, 0.0)
-    dp = tl.dot(do, tl.trans(vb), input_precision=PRECISION)
     if scores.kept is not None:
         dp = tl.where(keep_mask(row, key, head, BM, BN), dp * scores.kept, 0.0)
     return kb, p, dp, t

@@ -29,23 +29,24 @@ def dq_config(dtype, width, longest_k, masked, scored):
     if dtype == torch.float32:
         return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
     if width <= 64:
-        return (64, 32, 4, 3)
+        return (64, 32, 4, 3) if scored else (64, 64, 4, 3)
     if scored:
         return (64, 32, 8, 2) if width <= 128 else (32, 32, 8, 1)
     if width <= 128:
-        return (64, 64, 4, 2) if masked else (128, 64, 8, 3)
+        return (128, 64, 8, 2) if masked else (128, 64, 8, 3)
     return (64, 32, 8, 1)
 
 
 def dkv_config(dtype, width, longest_q, masked, scored):
+    """BM divides that of dq_config, whose blocks of rows write the statistics that blocks of this one read."""
     if dtype == torch.float32:
         return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
     if scored:
-        return (32, 64, 8, 1) if width <= 64 else (32, 32, 8, 1)
+        return (32, 64, 4, 2) if width <= 64 else (32, 32, 8, 1)
     if width <= 64:
-        return (32, 64, 4, 1)
+        return (64, 64, 4, 2)
     if width <= 128:
-        return (32, 64, 4, 2) if masked else (64, 128, 8, 3)
+        return (32, 128, 8, 2) if masked else (64, 128, 8, 2)
     return (32, 64, 8, 1)
 
 
