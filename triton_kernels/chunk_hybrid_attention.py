@@ -56,16 +56,17 @@ def chunk_hybrid_attention_update_kernel(
     gate_base = _head(gate, stride_gb, stride_gt, stride_gh, b, h, first)
     total = 0.0
     update = tl.zeros([BD, BM], tl.float32)
-    for begin in range(0, chunk, TILE):
-        rows = begin + offs
-        inside = rows < chunk
-        raw = tl.load(gate_base + rows.to(tl.int64) * stride_gt, mask=inside, other=0.0)
-        g = tl.where(inside, _log_sigmoid(raw) / 16.0, 0.0)
-        tl.store(decays + head * length + first + rows, tl.exp(total + tl.cumsum(g, 0)), mask=inside)
-        total += tl.sum(g, 0)
-        keys = narrow(load_tile(k_base, stride_kt, rows, cols, inside, D), k)
-        values = narrow(load_tile(v_base, stride_vt, rows, cols_v, inside, M), k)
-        update = tl.dot(tl.trans(keys), values, update, input_precision=PRECISION)
+    if chunk > 0:  # see varlen_attention: a loop that may have no round waits for each product
+        for begin in range(0, chunk, TILE):
+            rows = begin + offs
+            inside = rows < chunk
+            raw = tl.load(gate_base + rows.to(tl.int64) * stride_gt, mask=inside, other=0.0)
+            g = tl.where(inside, _log_sigmoid(raw) / 16.0, 0.0)
+            tl.store(decays + head * length + first + rows, tl.exp(total + tl.cumsum(g, 0)), mask=inside)
+            total += tl.sum(g, 0)
+            keys = narrow(load_tile(k_base, stride_kt, rows, cols, inside, D), k)
+            values = narrow(load_tile(v_base, stride_vt, rows, cols_v, inside, M), k)
+            update = tl.dot(tl.trans(keys), values, update, input_precision=PRECISION)
     tl.store(kept_of + index, tl.exp(total / chunk))
     store_state(updates + index * D * M, cols, cols_v, update * scale, D, M)
 
@@ -118,20 +119,21 @@ def chunk_hybrid_attention_fwd_kernel(
     top = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     acc = tl.zeros([TILE, BM], tl.float32)
-    for begin in range(0, chunk, KEYS):
-        keys_at = begin + offs
-        here = keys_at < chunk
-        keys = load_tile(k_base, stride_kt, keys_at, cols, here, D)
-        score = tl.dot(queries.to(dtype), tl.trans(keys.to(dtype)), input_precision=PRECISION)
-        if not WHOLE:
-            score = tl.where(here[None, :], score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp2(score * unit - (new_top * unit)[:, None])
-        shrink = tl.exp2((top - new_top) * unit)
-        total = total * shrink + tl.sum(p, 1)
-        values = load_tile(v_base, stride_vt, keys_at, cols_v, here, M)
-        acc = tl.dot(p.to(dtype), values.to(dtype), acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
+    if chunk > 0:  # see varlen_attention: a loop that may have no round waits for each product
+        for begin in range(0, chunk, KEYS):
+            keys_at = begin + offs
+            here = keys_at < chunk
+            keys = load_tile(k_base, stride_kt, keys_at, cols, here, D)
+            score = tl.dot(queries.to(dtype), tl.trans(keys.to(dtype)), input_precision=PRECISION)
+            if not WHOLE:
+                score = tl.where(here[None, :], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            p = tl.exp2(score * unit - (new_top * unit)[:, None])
+            shrink = tl.exp2((top - new_top) * unit)
+            total = total * shrink + tl.sum(p, 1)
+            values = load_tile(v_base, stride_vt, keys_at, cols_v, here, M)
+            acc = tl.dot(p.to(dtype), values.to(dtype), acc * shrink[:, None], input_precision=PRECISION)
+            top = new_top
     acc /= total[:, None]
     decay = tl.load(decays + head * length + first + rows, mask=inside, other=0.0)
     state = load_state(states + index * D * M, cols, cols_v, D, M)
@@ -156,13 +158,14 @@ def chunk_hybrid_attention_dupdate_kernel(
     q_base = _head(q, stride_qb, stride_qt, stride_qh, b, h, first)
     do_base = _head(do, stride_ob, stride_ot, stride_oh, b, h, first)
     update = tl.zeros([BD, BM], tl.float32)
-    for begin in range(0, chunk, TILE):
-        rows = begin + offs
-        inside = rows < chunk
-        decay = tl.load(decays + head * length + first + rows, mask=inside, other=0.0)
-        queries = narrow(load_tile(q_base, stride_qt, rows, cols, inside, D) * decay[:, None], q)
-        grads = narrow(load_tile(do_base, stride_ot, rows, cols_v, inside, M), q)
-        update = tl.dot(tl.trans(queries), grads, update, input_precision=PRECISION)
+    if chunk > 0:  # see varlen_attention: a loop that may have no round waits for each product
+        for begin in range(0, chunk, TILE):
+            rows = begin + offs
+            inside = rows < chunk
+            decay = tl.load(decays + head * length + first + rows, mask=inside, other=0.0)
+            queries = narrow(load_tile(q_base, stride_qt, rows, cols, inside, D) * decay[:, None], q)
+            grads = narrow(load_tile(do_base, stride_ot, rows, cols_v, inside, M), q)
+            update = tl.dot(tl.trans(queries), grads, update, input_precision=PRECISION)
     store_state(updates + index * D * M, cols, cols_v, update, D, M)
 
 
@@ -193,24 +196,26 @@ def chunk_hybrid_attention_bwd_dq_kernel(
     per_token = head * length + first
     row_lse = tl.load(lse + per_token + rows, mask=inside, other=float("inf"))
     delta = tl.zeros([TILE], tl.float32)
-    for begin in range(0, chunk, TILE):
-        keys_at = begin + offs
-        here = keys_at < chunk
-        keys = load_tile(k_base, stride_kt, keys_at, cols, here, D).to(dtype)
-        values = load_tile(v_base, stride_vt, keys_at, cols_v, here, M).to(dtype)
-        score = tl.dot(queries.to(dtype), tl.trans(keys), input_precision=PRECISION) * scale
-        p = tl.where(here[None, :], tl.exp(score - row_lse[:, None]), 0.0)
-        delta += tl.sum(p * tl.dot(grads.to(dtype), tl.trans(values), input_precision=PRECISION), 1)
+    if chunk > 0:  # see varlen_attention: a loop that may have no round waits for each product
+        for begin in range(0, chunk, TILE):
+            keys_at = begin + offs
+            here = keys_at < chunk
+            keys = load_tile(k_base, stride_kt, keys_at, cols, here, D).to(dtype)
+            values = load_tile(v_base, stride_vt, keys_at, cols_v, here, M).to(dtype)
+            score = tl.dot(queries.to(dtype), tl.trans(keys), input_precision=PRECISION) * scale
+            p = tl.where(here[None, :], tl.exp(score - row_lse[:, None]), 0.0)
+            delta += tl.sum(p * tl.dot(grads.to(dtype), tl.trans(values), input_precision=PRECISION), 1)
     acc = tl.zeros([TILE, BD], tl.float32)
-    for begin in range(0, chunk, TILE):
-        keys_at = begin + offs
-        here = keys_at < chunk
-        keys = load_tile(k_base, stride_kt, keys_at, cols, here, D).to(dtype)
-        values = load_tile(v_base, stride_vt, keys_at, cols_v, here, M).to(dtype)
-        score = tl.dot(queries.to(dtype), tl.trans(keys), input_precision=PRECISION) * scale
-        p = tl.where(here[None, :], tl.exp(score - row_lse[:, None]), 0.0)
-        ds = p * (tl.dot(grads.to(dtype), tl.trans(values), input_precision=PRECISION) - delta[:, None])
-        acc = tl.dot(ds.to(dtype), keys, acc, input_precision=PRECISION)
+    if chunk > 0:  # see varlen_attention: a loop that may have no round waits for each product
+        for begin in range(0, chunk, TILE):
+            keys_at = begin + offs
+            here = keys_at < chunk
+            keys = load_tile(k_base, stride_kt, keys_at, cols, here, D).to(dtype)
+            values = load_tile(v_base, stride_vt, keys_at, cols_v, here, M).to(dtype)
+            score = tl.dot(queries.to(dtype), tl.trans(keys), input_precision=PRECISION) * scale
+            p = tl.where(here[None, :], tl.exp(score - row_lse[:, None]), 0.0)
+            ds = p * (tl.dot(grads.to(dtype), tl.trans(values), input_precision=PRECISION) - delta[:, None])
+            acc = tl.dot(ds.to(dtype), keys, acc, input_precision=PRECISION)
     decay = tl.load(decays + per_token + rows, mask=inside, other=0.0)
     state = load_state(states + index * D * M, cols, cols_v, D, M)
     cross = dot_state(narrow(grads, q), tl.trans(state), q, PRECISION) * decay[:, None]
