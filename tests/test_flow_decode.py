@@ -9,8 +9,8 @@ from flowattn.ops import flow_network
 
 configs = pytest.importorskip("flowattn.triton_kernels.flow_decode_configs")
 Status = fa.InverseStatus
-FEW, MANY = {"few": 8}, {"few": 0}
-paths = pytest.mark.parametrize("path", [FEW, MANY], ids=["few", "many"])
+WHOLE, FEW, MANY = {"whole": 8}, {"whole": 0, "few": 8}, {"whole": 0, "few": 0}
+paths = pytest.mark.parametrize("path", [WHOLE, FEW, MANY], ids=["whole", "few", "many"])
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +23,20 @@ def large_tiles(monkeypatch, device):
 
 @pytest.fixture
 def run(monkeypatch, device):
-    """Inverses by the kernels, on the path of few or of many rows."""
+    """Inverses by the kernels: whole steps, or the launches for few or for many rows."""
+    from flowattn.triton_kernels.flow_decode_whole import FlowDecodeWhole
+
+    calls, step = [], FlowDecodeWhole.__call__
+    monkeypatch.setattr(FlowDecodeWhole, "__call__", lambda *arguments: calls.append(step(*arguments)))
+    able = device == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 
     def inverse(z, block, path, **options):
         monkeypatch.setattr(configs, "DEFAULT", configs.DEFAULT._replace(**path))
+        calls.clear()
         with fa.use_backend("triton"):
-            return fa.flow_inverse(z, block, method="sequential", **options)
+            result = fa.flow_inverse(z, block, method="sequential", **options)
+        assert bool(calls) == (able and path is WHOLE)
+        return result
 
     return inverse
 
@@ -62,8 +70,9 @@ def test_tarflow(path, dtype, run, device):
     close(run(z, block, path, cond=cond), expected(z, block, cond=cond), dtype)
 
 
-@pytest.mark.parametrize("variant, path", [*((v, FEW) for v in VARIANTS), ("plain", MANY), ("all-norms", MANY)],
-                         ids=[*VARIANTS, "plain-many", "all-norms-many"])  # fmt: skip
+@pytest.mark.parametrize("variant, path", [*((v, FEW) for v in VARIANTS), ("plain", MANY), ("all-norms", MANY),
+                                           ("rms", WHOLE), ("gated-grouped", WHOLE)],
+                         ids=[*VARIANTS, "plain-many", "all-many", "rms-whole", "gated-grouped-whole"])  # fmt: skip
 @torch.no_grad()
 def test_starflow(variant, path, run, device):
     """Start vector, rotary positions, text in front; guidance of two streams by every rule."""
@@ -94,6 +103,19 @@ def test_shares_of_the_keys(path, run, monkeypatch, device):
 
 
 @torch.no_grad()
+def test_weights_at_odd_addresses(run, device):
+    """Whole steps need the layers' weights a multiple of 8 numbers apart; others take the launches."""
+    block = toy(0.05, channels=32).to(device).blocks[0].flow_block()
+    first, last = block.layers
+    odd = last.qkv.weight.new_empty(last.qkv.weight.numel() + 1)[1:].view_as(last.qkv.weight).copy_(last.qkv.weight)
+    moved = block._replace(layers=(first, last._replace(qkv=last.qkv._replace(weight=odd))))
+    z = torch.randn(1, 3, 8, device=device)
+    known = expected(z, block)
+    close(run(z, block, WHOLE), known, torch.float32)
+    close(run(z, moved, {**WHOLE}), known, torch.float32)
+
+
+@torch.no_grad()
 def test_more_rows_than_a_tile(run, device):
     block = toy(0.05, layers_per_block=1, channels=32).to(device).blocks[0]
     z = torch.randn(66, 3, 8, device=device)
@@ -115,7 +137,8 @@ def test_positions_by_sample_and_means_alone(run, device):
 @torch.no_grad()
 def test_a_bad_sample_stays_alone(path, run, device):
     """NaN in the noise, and an overflow: both are found where they are, and no other sample changes a bit."""
-    block, z = toy(0.05, layers_per_block=1).to(device).blocks[0], torch.randn(3, 6, 8, device=device)
+    block = toy(0.05, layers_per_block=1, channels=32).to(device).blocks[0]
+    z = torch.randn(3, 5, 8, device=device)
     x, info = run(z, block, path, return_info=True)
     assert (info.status == Status.CONVERGED).all() and info.first_bad.tolist() == [-1] * 3
     again = run(z, block, path)

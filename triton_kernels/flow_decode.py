@@ -76,6 +76,7 @@ class FlowDecode:
     def __init__(self, block, conditions, tokens, z, keys, values, begin, affine, early, config=None):
         self.config = config = config or configs.DEFAULT
         self.block, self.affine, self.early = block, affine, early and config.early
+        self.fetch = self.early and config.fetch
         self.keys, self.values, self.prefix = keys, values, conditions.prefix_length
         device, spec, layers = tokens.device, block.spec, block.layers
         self.batch, self.length, self.features = tokens.shape
@@ -103,13 +104,16 @@ class FlowDecode:
         self.lse = empty(self.splits, self.rows, self.inner) if merges else None
         if not self.few:
             self.x, self.seen = (empty(self.rows, n, dtype=self.dtype) for n in (self.width, self.inner))
-        feature_block = min(configs.power(self.features), max(4096 // configs.power(self.width), 1))
+        feature_block = configs.feature_block(self.features, self.width)
         self.info = torch.zeros(self.batch, triton.cdiv(self.features, feature_block), 4, device=device)
         self.info[..., 0], self.info[..., 1] = float("inf"), float("-inf")
 
+        self._add_steps(tokens, z, conditions, feature_block)
+
+    def _add_steps(self, tokens, z, conditions, feature_block):
         self._add_begin(tokens, conditions)
         added, post = 0, NO_NORM
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(self.block.layers):
             attend, mlp = (self._few_attend, self._few_mlp) if self.few else (self._many_attend, self._many_mlp)
             added = attend(number, layer, conditions.scale, added, post)
             added, post = mlp(layer, added), layer.post2 or NO_NORM
@@ -171,7 +175,7 @@ class FlowDecode:
             arguments = (self.raw, layer.q_norm, layer.k_norm, self.rope, self.position, self.q, *cache)
             programs = self.rows * (heads + 2 * kv_heads)
             self._add(_heads, programs, arguments, (*self._heads(), *self.norms, self.early), (), 1)
-        tile = configs.attention_tile(self.config, heads // kv_heads, head_dim)
+        tile = configs.attention_tile(self.config.keys, heads // kv_heads, head_dim)
         programs = self.rows * kv_heads * triton.cdiv(heads // kv_heads, tile[0]) * self.splits
         out = self.seen if self.pieces is None else self.pieces
         arguments = (self.q, *cache[:2], scale, self.position, out, self.lse, *cache[2:])
@@ -239,7 +243,7 @@ class FlowDecode:
         chunk = configs.many_depth(self.config, row_tiles, self.width, depth)
         depths = triton.cdiv(depth, chunk)
         programs = row_tiles * triton.cdiv(self.width, tile[1]) * depths
-        constants = (self.width, depth, chunk, configs.precision(self.dtype), self.early)
+        constants = (self.width, depth, chunk, configs.precision(self.dtype), self.early, self.fetch)
         self._add(_add_many, programs, (x, *linear, self.parts, self.rows), constants, tile, 4, self.config.stages)
         return depths
 
@@ -248,7 +252,7 @@ class FlowDecode:
         self._add_norm(self.streams, post, layer.norm1, added)
         tile, row_tiles = self._many_tile()
         programs = row_tiles * triton.cdiv((heads + 2 * kv_heads) * head_dim, tile[1])
-        constants = (self.width, *self._heads(), configs.precision(self.dtype), self.early)
+        constants = (self.width, *self._heads(), configs.precision(self.dtype), self.early, self.fetch)
         arguments = (self.x, *self._qkv_arguments(number, layer))
         self._add(_qkv_many, programs, arguments, constants, tile, 4, self.config.stages)
         self._add_attention(number, layer, scale)
@@ -259,7 +263,7 @@ class FlowDecode:
         tile, row_tiles = self._many_tile()
         gate = (None, None) if layer.gate is None else layer.gate
         programs = row_tiles * triton.cdiv(self.hidden_width, tile[1])
-        constants = (self.width, self.hidden_width, configs.precision(self.dtype), self.early)
+        constants = (self.width, self.hidden_width, configs.precision(self.dtype), self.early, self.fetch)
         arguments = (self.x, *layer.up, *gate, self.hidden, self.rows)
         self._add(_up_many, programs, arguments, constants, tile, 4, self.config.stages)
         return self._add_product(self.hidden, layer.down, self.hidden_width)

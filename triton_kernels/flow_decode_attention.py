@@ -31,28 +31,28 @@ def flow_decode_heads_kernel(
     store_heads(y, row, rows, head * D + at, rope, slot, q, keys, values, slots, HEADS, KV_HEADS, D)
 
 
-@triton.jit(do_not_specialize=("rows", "slots", "prefix"))
-def flow_decode_attention_kernel(
-    q, keys, values, scale, position, out, lse, rows, slots, prefix,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit
+def share_of_keys(split, seen, SPLITS: tl.constexpr):
+    """(first key, end) of a share: a multiple of 16 keys; the last ones may be empty."""
+    share = tl.cdiv(tl.cdiv(seen, SPLITS), 16) * 16
+    return split * share, tl.minimum(split * share + share, seen)
+
+
+@triton.jit
+def attend(
+    program, seen, q, keys, values, scale, out, lse, rows, slots,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
     BG: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (SPLITS, S, H d), normalised within its share; lse of the same shape, to the base 2 and equal over
-    a head, or None."""
+    """One share of the `seen` keys of a row for BG query heads. out, lse: as in flow_decode_attention_kernel."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     PIECES: tl.constexpr = (GROUP + BG - 1) // BG
-    program = tl.program_id(0)
     split, piece = program % SPLITS, program // SPLITS % PIECES
     kv, row = program // (SPLITS * PIECES) % KV_HEADS, program // (SPLITS * PIECES * KV_HEADS)
     member = piece * BG + tl.arange(0, BG)
     head, asks = kv * GROUP + member, member < GROUP
     at, lane = tl.arange(0, D), tl.arange(0, BN)
-    let_next_start(EARLY)
-    wait_for_last(EARLY)
-    seen = (tl.load(position + 1) + prefix + 1).to(tl.int32)
-    # Shares of a multiple of 16 keys; the last ones may be empty.
-    share = tl.cdiv(tl.cdiv(seen, SPLITS), 16) * 16
-    begin, end = split * share, tl.minimum(split * share + share, seen)
+    begin, end = share_of_keys(split, seen, SPLITS)
     unit = tl.load(scale + row) * 1.4426950408889634
     own = row * (HEADS * D) + (head * D)[:, None] + at[None, :]
     query = (tl.load(q + own, mask=asks[:, None], other=0.0) * unit)[:, None, :]
@@ -86,6 +86,22 @@ def flow_decode_attention_kernel(
     if lse is not None:
         size = tl.broadcast_to((pivot + tl.log2(sums))[:, None], [BG, D])
         tl.store(lse + own, size, mask=asks[:, None])
+
+
+@triton.jit(do_not_specialize=("rows", "slots", "prefix"))
+def flow_decode_attention_kernel(
+    q, keys, values, scale, position, out, lse, rows, slots, prefix,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    BG: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out (SPLITS, S, H d), normalised within its share; lse of the same shape, to the base 2 and equal over
+    a head, or None."""
+    let_next_start(EARLY)
+    wait_for_last(EARLY)
+    seen = (tl.load(position + 1) + prefix + 1).to(tl.int32)
+    attend(
+        tl.program_id(0), seen, q, keys, values, scale, out, lse, rows, slots, HEADS, KV_HEADS, D, SPLITS, BG, BN
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("rows",))

@@ -4,6 +4,8 @@ On an NVIDIA H100 80GB HBM3, 2026-11-23, a token of a TarFlow block (C=768, 8 la
 169 us in 1 row (190 without the early start, 206 with 16 columns a program), 331 us in 8 and 590 us in 64 (606 with
 64 columns).
 
+Those are times of a launch for each phase (`whole=0`, `fetch=False`).
+
 A few-row product holds a whole tile of weights in registers; the counts aim at two programs for each multiprocessor of
 an H100, so that the reads of all of them are under way at once.
 """
@@ -28,7 +30,14 @@ class Config(NamedTuple):
     depth: int = 64  # of its tiles
     stages: int = 4
     early: bool = True  # kernels start while the one before ends, where the device can
+    fetch: bool = True  # with many rows or whole steps: weights that are not read ahead are brought into L2
     graph_steps: int = 4  # captured in one graph
+    whole: int = 8  # most rows that go through whole steps in one launch
+    whole_programs: int = 4  # of such a launch where there are no multiprocessors
+    whole_warps: int = 8
+    whole_rows: int = 2  # that meet the weights together
+    whole_keys: int = 128  # lanes of keys, with heads of 64
+    whole_steps: int = 16  # in one launch
 
 
 DEFAULT = Config()
@@ -64,10 +73,32 @@ def many_depth(config, rows_tiles, columns, depth):
     return triton.cdiv(triton.cdiv(depth, parts), config.depth) * config.depth
 
 
-def attention_tile(config, group, head_dim):
-    """(query heads, lanes of keys) of a program."""
+def attention_tile(keys, group, head_dim):
+    """(query heads, lanes of keys) of a program, with so many lanes for one head of 64."""
     heads = min(power(group), max(256 // head_dim, 1))
-    return heads, max(config.keys * 64 // (head_dim * heads), 8)
+    return heads, max(keys * 64 // (head_dim * heads), 8)
+
+
+def feature_block(features, width):
+    """BF of the last kernel of a step."""
+    return min(power(features), max(4096 // power(width), 1))
+
+
+def whole_tile(config, programs, columns, depth, shared=False):
+    """(columns of a program, BN, warps that share the depth of a column, BK) of a product.
+
+    Pairs of columns, which a rotation turns, stay together. Rows that are long or laborious to read are `shared` out
+    among all warps; others are read by every warp, if there are columns for all, which then knows their norm alone.
+    """
+    own = triton.cdiv(triton.cdiv(columns, programs), 2) * 2
+    block, depth = power(own), power(depth)
+    fewest = config.whole_warps if shared else config.whole_warps // block
+    return own, block, max(fewest, 1), depth
+
+
+def whole_bytes(tile, weight):
+    """Of a program's weights, which it holds in registers."""
+    return tile[1] * tile[3] * weight.element_size()
 
 
 def splits(config, programs, few):

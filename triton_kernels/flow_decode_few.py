@@ -59,6 +59,20 @@ def flow_decode_qkv_kernel(
         tl.store(raw + row[:, None] * N + n[None, :], y, mask=(row < rows)[:, None] & (n < N)[None, :])
 
 
+@triton.jit
+def merged_rows(x, pieces, lse, offsets, live, apart, SPLITS: tl.constexpr):
+    """x, the first of the SPLITS shares that attention left at `offsets` and each `apart` on, with the others."""
+    most = tl.load(lse + offsets, mask=live, other=0.0)  # the first share has a key
+    total = tl.full(x.shape, 1.0, tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        size = tl.load(lse + split * apart + offsets, mask=live, other=0.0)
+        piece = tl.load(pieces + split * apart + offsets, mask=live, other=0.0)
+        higher = tl.maximum(most, size)
+        old, new = tl.exp2(most - higher), tl.exp2(size - higher)
+        x, total, most = x * old + piece * new, total * old + new, higher
+    return x / total
+
+
 @triton.jit(do_not_specialize=("rows",))
 def flow_decode_proj_kernel(
     pieces, lse, weight, bias, parts, rows,
@@ -79,15 +93,8 @@ def flow_decode_proj_kernel(
     wait_for_last(EARLY)
     offsets = row[:, None, None] * K + at[None, None, :]
     live = (row < rows)[:, None, None] & (at < K)[None, None, :]
-    most = tl.load(lse + offsets, mask=live, other=0.0)  # the first share has a key
-    x, total = tl.load(pieces + offsets, mask=live, other=0.0), tl.full([R, 1, BK], 1.0, tl.float32)
-    for split in tl.static_range(1, SPLITS):
-        size = tl.load(lse + split * rows * K + offsets, mask=live, other=0.0)
-        piece = tl.load(pieces + split * rows * K + offsets, mask=live, other=0.0)
-        higher = tl.maximum(most, size)
-        old, new = tl.exp2(most - higher), tl.exp2(size - higher)
-        x, total, most = x * old + piece * new, total * old + new, higher
-    y = _product(x / total, w)
+    x = tl.load(pieces + offsets, mask=live, other=0.0)
+    y = _product(merged_rows(x, pieces, lse, offsets, live, rows * K, SPLITS), w)
     if part == 0:
         y = add_bias(y, bias, n, WIDTH)
     to = part * rows * WIDTH + row[:, None] * WIDTH + n[None, :]

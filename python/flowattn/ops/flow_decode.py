@@ -52,6 +52,7 @@ class TritonNetwork(ReferenceNetwork):
         """Overwrite the tokens of the steps from `begin` on; (B, 4): the first token that is not finite or -1, the
         largest log scale, entries clamped, scales that are not positive."""
         from flowattn.triton_kernels.flow_decode import Affine, FlowDecode  # imports triton
+        from flowattn.triton_kernels.flow_decode_whole import FlowDecodeWhole
 
         spec, device, count = self.block.spec, tokens.device, self.steps - begin
         guidance = guidance if self.conditions.streams == 2 else None
@@ -59,8 +60,16 @@ class TritonNetwork(ReferenceNetwork):
         affine = Affine(guidance, which, what, spec.scale == "softplus", spec.soft_clip, clamp)
         early = device.type == "cuda" and torch.version.hip is None and _native.capability(device) >= (9, 0)
         block, conditions = _dense(self.block), _dense(self.conditions)
-        decode = FlowDecode(block, conditions, tokens, z.contiguous(), self.keys, self.values, begin, affine, early)
-        if device.type == "cuda":
+        # Barriers within a launch need what programmatic launches need: the same devices, the same releases.
+        rows = self.batch * conditions.streams
+        whole = (early or device.type == "cpu") and FlowDecodeWhole.takes(block, rows, self.batch, device)
+        kind = FlowDecodeWhole if whole else FlowDecode
+        decode = kind(block, conditions, tokens, z.contiguous(), self.keys, self.values, begin, affine, early)
+        if whole:
+            together = decode.config.whole_steps
+            for done in range(0, count, together):
+                decode(min(together, count - done))
+        elif device.type == "cuda":
             with torch.cuda.device(device):
                 _replay(decode, count, decode.config.graph_steps)
         else:
