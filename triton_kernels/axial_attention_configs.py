@@ -80,6 +80,4 @@ def long_backward(dtype, width):
     """The same for both kernels of the backward."""
     if dtype == torch.float32:
         return (32, 32, 4, 1) if width <= 128 else (16, 16, 4, 1)
-    if width <= 64:
-        return (64, 32, 4, 3)
     return (64, 64, 4, 2) if width <= 128 else (64, 32, 8, 1)
