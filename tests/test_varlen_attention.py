@@ -82,7 +82,8 @@ def runnable(backend, case, dtype):
     """False for what a backend is not asked to do; the interpreter's bf16 dot is wrong, and it is slow."""
     if backend == "cuda":
         widths = (case.d, case.dv or case.d)
-        return dtype in (F16, BF16) and all(width <= 64 and width % 8 == 0 for width in widths)
+        fits = all(width <= 64 and width % 8 == 0 for width in widths)
+        return dtype in (F16, BF16) and fits and case.options.get("scale", 1.0) > 0
     if backend == "triton":
         return dtype != F64 and (torch.cuda.is_available() or (case.interpreted and dtype != BF16))
     return dtype != F64 or backend == "cpu"

@@ -126,7 +126,7 @@ def test_tile_edges(backend, place, lengths):
     check_all(run(x, bias), exact(x, bias), run(x, bias, plain_torch), F32)
 
 
-@pytest.mark.parametrize("lengths", [[230], [3] * 9], ids=["one", "several"])
+@pytest.mark.parametrize("lengths", [[230], [3] * 30], ids=["one", "several"])
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_shares_of_the_tables_gradients(backend, place, lengths):
     """Enough tiles that several programs, or groups of sequences, share the gradient of a row."""

@@ -1,7 +1,8 @@
 """Tile shapes of the axial_attention kernels by dtype, head width and lengths of the axis.
 
 On an NVIDIA H100 80GB HBM3, 2026-11-23 (bfloat16, width 64, packed projections; as multiples of the time of a copy of
-the same bytes): forward 0.8 for lines of 16 to 64, backward 0.85. Other widths and float32 are not measured.
+the same bytes): forward 0.8 for lines of 16 to 64, 1.0 for 96, 0.85 for 128, 1.14 for 256; backward 0.85, 1.25, 1.28
+and 1.86. Other widths and float32 are not measured.
 
 With two stages Triton (3.6) issues the copies of a loop at its end and waits for them at its beginning; the first
 number of stages that hides their latency is three.
@@ -37,8 +38,8 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
     """
     single, pad = dtype == torch.float32, power_of_two(max(n, m))
     plain = not (backward or biased or single)  # where streaming the keys of more than 128 is the other choice
-    tiled = plain and width <= 64 and min(n, m) > PACKED_ROWS
-    if max(n, m) > SHORT or (plain and not tiled and max(n, m) > SHORT // 2):
+    tiled = plain and width <= 64 and min(n, m) > 96
+    if max(n, m) > SHORT or (plain and max(n, m) > SHORT // 2):
         return None
     if pad <= PACKED_ROWS:
         pad = max(pad, 16 if alone else 1)
@@ -46,10 +47,8 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
         config = (pad, pad, rows // pad, rows, 4, 1)
     else:
         pad_q, pad_k = (max(power_of_two(x), 16) for x in (n, m))
-        if tiled and pad == 128:  # one tile, so that all loads are under way before the first is used
+        if tiled:  # one tile, so that all loads are under way before the first is used
             config = (pad_q, pad_k, 1, 128, 8, 1)
-        elif tiled:  # the scores of 64 rows are 128 registers a thread: two programs on a processor
-            config = (-(-n // 64) * 64, pad_k, 1, 64, 4, 4)
         else:
             rows = min(pad_q, 32 if backward or single else 64)
             config = (pad_q, pad_k, 1, rows, 8 if backward or pad_k * width > 128 * 64 else 4, 1)
@@ -63,8 +62,8 @@ def wide_backward(dtype, width, n, m):
     if dtype == torch.float32 or not PACKED_ROWS < max(n, m) <= SHORT or width > 64:
         return None
     if m > 128:
-        return (2, 128, 32, 8, 3), {"maxnreg": 128}
-    return (1, max(power_of_two(m), 64), 32, 4, 4), {}
+        return (2, 128, 64, 8, 3), {}
+    return (1, max(power_of_two(m), 64), 32, 4, 5 if n > 96 else 4), {}
 
 
 def long_forward(dtype, width):

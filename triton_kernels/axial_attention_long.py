@@ -12,7 +12,7 @@ from .axial_lines import offset
 from .intervals import tile_interval
 from .launch import Launcher, alignments
 from .varlen_attention import _fwd_keys
-from .varlen_attention_blocks import load_rows, row_lse, store_rows, store_statistics
+from .varlen_attention_blocks import load_rows, row_lse, scaled, store_rows, store_statistics
 from .varlen_attention_bwd import _dkv_queries, _dq_keys, statistics_span
 
 SIZE_ARGUMENTS = ("tiles", "n", "m", "shift")
@@ -49,7 +49,7 @@ def axial_attention_long_fwd_kernel(
     CAUSAL: tl.constexpr = MASK > 0
     qb = load_rows(q, row, q_row, n, offs, channels, D, BD, True)
     if PRECISION == "tf32x3":
-        qb *= scale
+        qb = scaled(qb, scale)
     unit = tl.maximum(tl.abs(factor) * LOG2E, 1e-37)  # never 0: see varlen_attention.py
     none = at_head(scores, 0, 0, 1, n, 0, 0, 0, 0, 1)
     top = tl.full([BM], float("-inf"), tl.float32)
@@ -92,7 +92,7 @@ def axial_attention_long_bwd_dq_kernel(
     CAUSAL: tl.constexpr = MASK > 0
     qb = load_rows(q, row, q_row, n, offs, channels, D, BD, True)
     if PRECISION == "tf32x3":
-        qb *= scale
+        qb = scaled(qb, scale)
     dob = load_rows(do, row, do_row, n, offs, channels, DV, BD, True)
     ob = load_rows(out, row, out_row, n, offs, channels, DV, BD, True)
     lse_rows = row_lse(lse + values, row, offs, n)

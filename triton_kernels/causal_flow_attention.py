@@ -24,6 +24,8 @@ from .flow_attention_configs import SCAN, SCAN_EACH, causal_config, causal_segme
 from .flow_features import (
     add,
     clamped,
+    dot_rows,
+    dot_state,
     kept,
     launch_key,
     load_features,
@@ -268,9 +270,8 @@ def causal_flow_attention_fwd_kernel(
             w = tl.load(factors + plane + rows, mask=inside, other=0.0)
             values = narrow(load_tile(v, stride_vt, rows, cols_v, keep, M) * w[:, None], v)
             p = tl.dot(fq, tl.trans(fk), input_precision=PRECISION)
-            p = narrow(tl.where(lower, p, 0.0), q)
-            out = tl.dot(p, values, input_precision=PRECISION)
-            out = tl.dot(fq, narrow(kv, q), out, input_precision=PRECISION)
+            # Kept to 16 bits of mantissa: where a sequence is cut must not show.
+            out = dot_rows(tl.where(lower, p, 0.0), values, q, PRECISION) + dot_state(fq, kv, q, PRECISION)
             store_tile(y, HEADS * M, rows, cols_v, inside, out * z[:, None], M)
             kv = tl.dot(tl.trans(fk), values, kv, input_precision=PRECISION)
         if last:

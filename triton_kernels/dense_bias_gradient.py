@@ -13,7 +13,7 @@ from .attention_scores import at_head
 from .intervals import other_side, tile_interval
 from .launch import Launcher, alignments
 from .varlen_attention import UNSPECIALIZED
-from .varlen_attention_blocks import load_rows, load_statistics_within, p_and_dp, statistics_of
+from .varlen_attention_blocks import load_rows, load_statistics_within, p_and_dp, scaled, statistics_of
 from .varlen_attention_configs import dbias_config
 
 # Programs wanted on a large GPU. A constant, so that the order of the sums depends on shapes alone.
@@ -53,7 +53,7 @@ def dense_bias_gradient_kernel(
             v_head = v + tl.cast(start_k, tl.int64) * stride_vt + h // GROUP * stride_vh
             q_tile = load_rows(q_head, row, stride_qt, length_q, offs_m, tl.arange(0, BD), D, BD, True)
             if PRECISION == "tf32x3":
-                q_tile *= scale
+                q_tile = scaled(q_tile, scale)
             do_tile = load_rows(do_head, row, stride_dot, length_q, offs_m, tl.arange(0, BDV), DV, BDV, True)
             mine = statistics_of(statistics, h, b, start, batch, total_q, TILE)
             lse_rows, row_delta = load_statistics_within(mine, row, length_q, offs_m)

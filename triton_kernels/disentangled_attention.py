@@ -25,7 +25,7 @@ from .intervals import TILE, owned_tile, tile_interval, visible
 from .launch import Launcher, alignments
 from .varlen_attention import UNREACHED, constants, slots
 from .varlen_attention import UNSPECIALIZED as _UNSPECIALIZED
-from .varlen_attention_blocks import load_rows, store_rows
+from .varlen_attention_blocks import load_rows, scaled, store_rows
 
 UNSPECIALIZED = (*_UNSPECIALIZED, "table_rows")
 
@@ -99,7 +99,7 @@ def varlen_attention_disentangled_fwd_kernel(
     offs = tl.arange(0, S)
     q_tile = load_rows(q, row, stride_qt, length_q, offs, tl.arange(0, BD), D, BD, True)
     if PRECISION == "tf32x3":
-        q_tile *= scale
+        q_tile = scaled(q_tile, scale)
     top = tl.full([S], float("-inf"), tl.float32)
     total = tl.zeros([S], tl.float32)
     acc = tl.zeros([S, BDV], tl.float32)

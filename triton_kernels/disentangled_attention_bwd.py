@@ -17,7 +17,7 @@ from .disentangled_tables_gradient import tables_gradient
 from .intervals import TILE, owned_tile, tile_interval
 from .launch import Launcher, alignments
 from .varlen_attention import UNREACHED, constants, slots
-from .varlen_attention_blocks import load_rows, row_lse, store_rows, through_softcap
+from .varlen_attention_blocks import load_rows, row_lse, scaled, store_rows, through_softcap
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def varlen_attention_disentangled_bwd_dq_kernel(
     inside = row + offs < length_q
     q_tile = load_rows(q, row, stride_qt, length_q, offs, offs_d, D, BD, True)
     if PRECISION == "tf32x3":
-        q_tile *= scale
+        q_tile = scaled(q_tile, scale)
     do_tile = load_rows(do, row, stride_dot, length_q, offs, offs_dv, DV, BDV, True)
     lse_rows = row_lse(lse + per_row, row, offs, length_q)
     row_dlse = tl.zeros([S], tl.float32)
@@ -142,7 +142,7 @@ def _dkv_queries(
         qb = load_rows(q, row, stride_q, length_q, offs, offs_d, D, BD, MASKED)
         dob = load_rows(do, row, stride_do, length_q, offs, offs_dv, DV, BDV, MASKED)
         if PRECISION == "tf32x3":
-            qb *= scale
+            qb = scaled(qb, scale)
         p, dropped, dp, t = tile_gradients(
             qb, dob, row_lse(lse, row, offs, length_q), kb, vb, row, key, row, length_k, shift, left, right, scale,
             scores, head, positions, h, reach, table_rows, D, S, BD, MASKED, HAS_LEFT, HAS_RIGHT, PRECISION,
@@ -154,7 +154,7 @@ def _dkv_queries(
         dk = tl.dot(tl.trans(dz), qb, dk, input_precision=PRECISION)
         if positions.queries is not None:
             if PRECISION == "tf32x3":  # here the queries have the factor
-                ds *= scale
+                ds = scaled(ds, scale)
             near, far = upright_keys(ds, row, S)
             queries, base = positions.queries + h * positions.queries_head, key - row - shift
             rows = distance_rows(

@@ -15,7 +15,7 @@ from .disentangled_attention_blocks import tile_gradients, upright_keys, upright
 from .disentangled_attention_configs import tables_config
 from .intervals import other_side
 from .launch import Launcher, alignments
-from .varlen_attention_blocks import load_rows
+from .varlen_attention_blocks import load_rows, scaled
 
 # Programs wanted on a large GPU. A constant, so that the order of the sums depends on shapes alone.
 PROGRAMS = 2048
@@ -82,7 +82,7 @@ def disentangled_tables_gradient_kernel(
                 qb = _rows_inside(q_head, row, stride_qt, length_q, D, BD, S)
                 dob = _rows_inside(do_head, row, stride_dot, length_q, DV, BDV, S)
                 if PRECISION == "tf32x3":
-                    qb *= scale
+                    qb = scaled(qb, scale)
                 lse_rows = tl.load(lse + per_row + row + offs, mask=inside, other=float("inf"))
                 lse_rows = tl.where(lse_rows == float("-inf"), float("inf"), lse_rows)
                 row_delta = tl.load(delta + per_row + row + offs, mask=inside, other=0.0)

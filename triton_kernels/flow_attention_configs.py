@@ -12,35 +12,32 @@ is read in, so that phases which also sum rows take one.
 import torch
 import triton
 
-PROGRAMS = 528  # four for each multiprocessor of an H100, all at once: phases that only stream
-STATE_PROGRAMS = 528  # phases that sum a D x M state, or write as much
+PROGRAMS = 1056  # eight for each multiprocessor of an H100: phases of the forward that only stream
+STATE_PROGRAMS = 528  # four, all at once: phases that sum a D x M state, and the backward
 CAUSAL_PROGRAMS = 1056  # eight, two or three at once: a program first adds up the sums of all segments before its own
 SHORTEST_PART = 256  # tokens
 LONGEST_PART = 16384  # tokens: bounds the additions in one float32 accumulator
 SLICES = 8  # programs that add the partial states of one head
-HYBRID = (128, 64, 8, 2)
+HYBRID = (64, 64, 4, 3)
 SCAN_EACH, SCAN = 256, (16, 4, 1)  # numbers of a state a program of the scan takes, segments at a time
 
 # (num_warps, num_stages, registers of bfloat16 kernels) of tiles of 64 tokens, by direction and phase; else DEFAULT.
 DEFAULT = (4, 1, None)
 WHOLE = {
-    ("fwd", 2): (8, 1, None),
+    ("fwd", 1): (8, 1, None),
     ("fwd", 3): (4, 1, 128),
-    ("fwd", 4): (8, 1, None),
     ("bwd", 0): (8, 1, None),
-    ("bwd", 1): (8, 1, 128),
-    ("bwd", 2): (8, 1, 128),
+    ("bwd", 1): (4, 2, None),
     ("bwd", 3): (8, 1, 128),
-    ("bwd", 4): (8, 2, None),
 }
 CAUSAL = {
     ("fwd", 2): (4, 1, 168),
-    ("fwd", 3): (4, 1, 168),
-    ("fwd", 4): (4, 1, 128),
-    ("fwd", 5): (4, 1, 128),
+    ("fwd", 3): (4, 2, 168),
+    ("fwd", 4): (4, 2, 128),
+    ("fwd", 5): (4, 2, 168),
     ("bwd", 0): (8, 1, None),
-    ("bwd", 1): (8, 1, 128),
-    ("bwd", 4): (8, 1, 128),
+    ("bwd", 1): (4, 1, 168),
+    ("bwd", 4): (4, 1, 168),
 }
 
 

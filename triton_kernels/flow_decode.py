@@ -175,12 +175,13 @@ class FlowDecode:
             arguments = (self.raw, layer.q_norm, layer.k_norm, self.rope, self.position, self.q, *cache)
             programs = self.rows * (heads + 2 * kv_heads)
             self._add(_heads, programs, arguments, (*self._heads(), *self.norms, self.early), (), 1)
-        tile = configs.attention_tile(self.config.keys, heads // kv_heads, head_dim)
+        more = 2 if self.rows >= self.config.crowd else 1
+        tile = configs.attention_tile(more * self.config.keys, heads // kv_heads, head_dim)
         programs = self.rows * kv_heads * triton.cdiv(heads // kv_heads, tile[0]) * self.splits
         out = self.seen if self.pieces is None else self.pieces
         arguments = (self.q, *cache[:2], scale, self.position, out, self.lse, *cache[2:])
         constants = (*self._heads(), self.splits, self.early)
-        self._add(_attention, programs, arguments, constants, tile, self.config.attention_warps)
+        self._add(_attention, programs, arguments, constants, tile, more * self.config.attention_warps)
         if not self.few and self.pieces is not None:
             arguments = (self.pieces, self.lse, self.seen, self.rows)
             self._add(_merge, self.rows * heads, arguments, (heads, head_dim, self.splits, self.early), (), 1)

@@ -1,10 +1,8 @@
 """Tile shapes of the decode kernels, in one place for tuning. Chosen by count.
 
 On an NVIDIA H100 80GB HBM3, 2026-11-23, a token of a TarFlow block (C=768, 8 layers, 1024 tokens, bfloat16) takes
-169 us in 1 row (190 without the early start, 206 with 16 columns a program), 331 us in 8 and 590 us in 64 (606 with
-64 columns).
-
-Those are times of a launch for each phase (`whole=0`, `fetch=False`).
+147 us in 1 row and 205 in 2 by whole steps, 177 and 231 with a launch for each phase; 337 us in 8 (436 by whole steps)
+and 548 us in 64 (598 with 64 lanes of keys, 577 with tiles of 128 of the depth).
 
 A few-row product holds a whole tile of weights in registers; the counts aim at two programs for each multiprocessor of
 an H100, so that the reads of all of them are under way at once.
@@ -26,13 +24,14 @@ class Config(NamedTuple):
     splits: int = 8  # most shares of the keys of a row and head
     keys: int = 64  # lanes of keys of a program, with heads of 64
     attention_warps: int = 4
+    crowd: int = 32  # rows from which both are twice as many
     columns: int = 32  # of a program with many rows
     depth: int = 64  # of its tiles
     stages: int = 4
     early: bool = True  # kernels start while the one before ends, where the device can
     fetch: bool = True  # with many rows or whole steps: weights that are not read ahead are brought into L2
     graph_steps: int = 4  # captured in one graph
-    whole: int = 8  # most rows that go through whole steps in one launch
+    whole: int = 2  # most rows that go through whole steps in one launch
     whole_programs: int = 4  # of such a launch where there are no multiprocessors
     whole_warps: int = 8
     whole_rows: int = 2  # that meet the weights together

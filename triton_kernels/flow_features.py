@@ -103,8 +103,14 @@ def sigmoid(x):
 
 @triton.jit
 def narrow(x, base):
-    """x as an operand of products: in bfloat16 where `base` points to bfloat16, as it is otherwise."""
-    return x.to(tl.bfloat16) if base.dtype.element_ty == tl.bfloat16 else x
+    """x as an operand of products: in bfloat16 where `base` points to bfloat16, rounded to tf32, which tensor cores
+    would cut it to, where it points to float16, as it is otherwise."""
+    if base.dtype.element_ty == tl.bfloat16:
+        return x.to(tl.bfloat16)
+    elif base.dtype.element_ty == tl.float16:
+        return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    else:
+        return x
 
 
 @triton.jit
@@ -122,7 +128,7 @@ def dot_state(x, state, base, PRECISION: tl.constexpr):
         high, low = halves(state)
         return tl.dot(x, high, tl.dot(x, low))
     else:
-        return tl.dot(x, state, input_precision=PRECISION)
+        return tl.dot(x, narrow(state, base), input_precision=PRECISION)
 
 
 @triton.jit
@@ -132,7 +138,7 @@ def dot_rows(rows, x, base, PRECISION: tl.constexpr):
         high, low = halves(rows)
         return tl.dot(high, x, tl.dot(low, x))
     else:
-        return tl.dot(rows, x, input_precision=PRECISION)
+        return tl.dot(narrow(rows, base), x, input_precision=PRECISION)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ EPS_OF_RELU = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)  # e^ it is 0 in float32; lower ones would cost the others' last digits
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PARTS = tl.constexpr(16)  # columns of `in_parts`, the narrowest tile of a product
+PARTS = tl.constexpr(32)  # columns of `in_parts`; of 16, two warp groups took 8 each and wrong ones (Triton 3.6)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 UNSPECIALIZED = ("sequences", "tokens", "segments", "steps")
@@ -110,7 +110,7 @@ def operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr,
 
 @triton.jit
 def in_parts(x, DTYPE: tl.constexpr):
-    """Numbers (N,) as the operand (N, 8) of a product: what bfloat16 holds of them, the rest, and zeros.
+    """Numbers (N,) as the operand (N, PARTS) of a product: what bfloat16 holds of them, the rest, and zeros.
 
     Summed over the columns, a product with it has nearly float32's precision and costs no arithmetic in registers.
     """

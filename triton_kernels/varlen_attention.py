@@ -12,7 +12,7 @@ from . import attention_scores
 from .attention_scores import LOG2E, at_head, keep_mask, modify
 from .intervals import TILE, owned_tile, tile_interval, visible
 from .launch import Launcher, alignments
-from .varlen_attention_blocks import load_rows, store_rows
+from .varlen_attention_blocks import load_rows, scaled, store_rows
 from .varlen_attention_configs import forward_config
 
 # Sizes and window widths: compiled once for all values (see launch.py).
@@ -89,7 +89,7 @@ def varlen_attention_fwd_kernel(
     offs_m, offs_d = tl.arange(0, BM), tl.arange(0, BD)
     q_tile = load_rows(q, row, stride_qt, length_q, offs_m, offs_d, D, BD, True)
     if PRECISION == "tf32x3":
-        q_tile *= scale
+        q_tile = scaled(q_tile, scale)
     # Never 0, which times the -inf of a masked score would be NaN.
     unit = tl.maximum(tl.abs(factor) * LOG2E, 1e-37)
     top = tl.full([BM], float("-inf"), tl.float32)

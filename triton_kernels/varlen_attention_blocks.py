@@ -6,6 +6,8 @@ import triton.language as tl
 from .attention_scores import LOG2E, keep_mask, modify
 from .intervals import visible
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def load_rows(
@@ -28,6 +30,16 @@ def store_rows(base, row, stride, length, offs_r, offs_c, value, COLS: tl.conste
     pointers = base + tl.cast(row, tl.int64) * stride + offs_r[:, None] * stride + offs_c[None, :]
     inside = (row + offs_r < length)[:, None] & (offs_c < COLS)[None, :]
     tl.store(pointers, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scaled(x, scale):
+    """Float32 queries times the scale, rounded. A product that may fuse with the split into two operands of tf32 is
+    rounded in one kernel and not in another, and then P of a lone key is not 1."""
+    if INTERPRETED:
+        return x * scale
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, scale], tl.float32, True, 1)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from .varlen_attention_blocks import (
     p_and_dp,
     probabilities,
     row_lse,
+    scaled,
     statistics_of,
     store_rows,
     store_statistics,
@@ -78,7 +79,7 @@ def varlen_attention_bwd_dq_kernel(
     inside = row + offs_m < length_q
     q_tile = load_rows(q, row, stride_qt, length_q, offs_m, offs_d, D, BD, True)
     if PRECISION == "tf32x3":
-        q_tile *= scale
+        q_tile = scaled(q_tile, scale)
     do_tile = load_rows(do, row, stride_dot, length_q, offs_m, offs_dv, DV, BDV, True)
     lse_rows = row_lse(lse + per_row, row, offs_m, length_q)
     row_dlse = tl.zeros([BM], tl.float32)
@@ -144,7 +145,7 @@ def _dkv_queries(
             dob = load_rows(do, row, stride_do, length_q, offs_m, offs_dv, DV, BDV, MASKED)
             lse_rows, delta = load_statistics(statistics, row, BM, SPAN)
             if PRECISION == "tf32x3":
-                qb *= scale
+                qb = scaled(qb, scale)
                 s = tl.trans(tl.dot(qb, tl.trans(kb), input_precision=PRECISION))  # summed as in the forward pass
             else:
                 s = tl.dot(kb, tl.trans(qb), input_precision=PRECISION)
