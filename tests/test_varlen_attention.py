@@ -284,7 +284,10 @@ def test_one_key_of_a_large_score(backend, dtype, place):
     x = x._replace(q=x.q * 34, k=x.k * 34)
     got = run(x)
     assert 2000 < got["lse"].abs().max() < 4096
-    assert torch.equal(got["out"], x.v) and torch.equal(got["dv"], x.dout)
+    # Three tf32 products hold 22 of the 24 bits of a float32 operand.
+    rounds = 2.0**-21 if backend == "triton" and dtype == F32 and place == "cuda" else 0.0
+    for result, expected in ((got["out"], x.v), (got["dv"], x.dout)):
+        torch.testing.assert_close(result, expected, rtol=rounds, atol=0.0)
 
 
 def strided(x, layout):

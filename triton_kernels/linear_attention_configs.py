@@ -19,7 +19,7 @@ SCAN_TILE, SCAN_ROWS = 4096, 512  # numbers that a program of the scan takes at 
 FORWARD = {
     (True, 64): (64, 64, 4, 2, None),
     (True, 128): (64, 64, 4, 2, None),
-    (True, 256): (64, 64, 8, 2, None),
+    (True, 256): (64, 32, 4, 3, None),
     (False, 128): (32, 32, 4, 1, None),
     (False, 256): (32, 16, 4, 1, None),
 }
@@ -27,6 +27,7 @@ FORWARD = {
 MAPPED = {
     **FORWARD,
     (True, 128): (64, 64, 8, 3, None),
+    (True, 256): (64, 64, 8, 2, None),
 }
 # (half, width): (BLOCKS of a chunk, ROWS of a block, BK key columns of a state, BV value columns of a program,
 # num_warps, num_stages) of the result with the states of all chunks in memory; None: programs carry them (FORWARD).

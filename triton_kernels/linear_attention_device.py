@@ -22,10 +22,8 @@ import triton
 import triton.language as tl
 
 from .linear_attention_rows import (
-    PARTS,
     UNSPECIALIZED,
     derivative_product,
-    in_parts,
     log_decays,
     operand,
     phi,
@@ -95,15 +93,11 @@ def linear_attention_kernel(
     exists = (keys < K)[:, None] & (cols < V)[None, :]
     if state is not None:
         s = tl.load(state_pointers(state, state_index, keys, cols, K, V, TRANSPOSED), mask=exists, other=0.0)
-    z = tl.zeros([BK, PARTS] if VECTOR == SUM_OF_KEYS else [BV], tl.float32)  # of keys: the sum of its columns
+    z = tl.zeros([BK if VECTOR == SUM_OF_KEYS else BV], tl.float32)
     width_z: tl.constexpr = K if VECTOR == SUM_OF_KEYS else V
     place_z = keys if VECTOR == SUM_OF_KEYS else cols
     if VECTOR != NOTHING and vector is not None:
-        start_z = tl.load(vector + state_index.to(tl.int64) * width_z + place_z, mask=place_z < width_z, other=0.0)
-        if VECTOR == SUM_OF_KEYS:
-            z = tl.where(tl.arange(0, PARTS)[None, :] == 0, start_z[:, None], 0.0)
-        else:
-            z = start_z
+        z = tl.load(vector + state_index.to(tl.int64) * width_z + place_z, mask=place_z < width_z, other=0.0)
     if decay is not None:
         decay += batch * stride_db + first * stride_dt + head * stride_dh
         steady = steady_log_decay(decay, STEADY, exact)
@@ -127,8 +121,7 @@ def linear_attention_kernel(
                 mask=exists,
             )  # fmt: skip
             if VECTOR == SUM_OF_PAIRS or (VECTOR == SUM_OF_KEYS and piece == 0):
-                own_z = tl.sum(z, 1) if VECTOR == SUM_OF_KEYS else z
-                tl.store(right_vector + right_index.to(tl.int64) * width_z + place_z, own_z, mask=place_z < width_z)
+                tl.store(right_vector + right_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)
         walked = (chunk + offs).to(tl.int64) * STEP
         places = place + walked
         if WALKS:
@@ -159,7 +152,7 @@ def linear_attention_kernel(
                     xs = tl.where(inside, 1.0, 0.0)
                 y += xs[:, None] * z[None, :]
             if VECTOR == SUM_OF_KEYS:
-                weights = tl.sum(tl.dot(qb, in_parts(tl.sum(z, 1), qb.dtype), input_precision=PRECISION), 1)
+                weights = tl.sum(qb.to(tl.float32) * z[None, :], 1)
             if WALKS:
                 scores = tl.dot(qb, tl.trans(kb), input_precision=PRECISION)
                 if VECTOR == SUM_OF_PAIRS:
@@ -184,8 +177,7 @@ def linear_attention_kernel(
                         if VECTOR == SUM_OF_PAIRS:
                             far += xs[:, None] * right_z[None, :]
                         else:
-                            right_z = in_parts(right_z, qb.dtype)
-                            far_weights = tl.sum(tl.dot(qb, right_z, input_precision=PRECISION), 1) * from_right
+                            far_weights = tl.sum(qb.to(tl.float32) * right_z[None, :], 1) * from_right
                     y += far * from_right[:, None]
                 elif decay is not None:
                     apart = (running[:, None] - running[None, :]).to(tl.float32)
@@ -223,10 +215,10 @@ def linear_attention_kernel(
                 z *= kept
                 vb = (vb * after[:, None]).to(vb.dtype)
             if VECTOR == SUM_OF_KEYS:
-                shares = tl.where(inside, 1.0, 0.0)
+                shares = tl.where(inside, 1.0, 0.0)  # phi of a token outside is not 0
                 if decay is not None:
                     shares *= after
-                z = tl.dot(tl.trans(kb), in_parts(shares, kb.dtype), z, input_precision=PRECISION)
+                z += tl.sum(kb.to(tl.float32) * shares[:, None], 0)
             if VECTOR == SUM_OF_PAIRS:
                 z += tl.sum(ws[:, None] * vb.to(tl.float32), 0)
             if SCALED:
@@ -237,5 +229,4 @@ def linear_attention_kernel(
     if final_state is not None:
         tl.store(state_pointers(final_state, state_index, keys, cols, K, V, TRANSPOSED), s, mask=exists)
     if final_vector is not None and (VECTOR == SUM_OF_PAIRS or piece == 0):
-        final_z = tl.sum(z, 1) if VECTOR == SUM_OF_KEYS else z
-        tl.store(final_vector + state_index.to(tl.int64) * width_z + place_z, final_z, mask=place_z < width_z)
+        tl.store(final_vector + state_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)

@@ -12,7 +12,6 @@ EPS_OF_RELU = tl.constexpr(1e-6)
 LOWEST_LOG_DECAY = tl.constexpr(-100.0)  # e^ it is 0 in float32; lower ones would cost the others' last digits
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PARTS = tl.constexpr(32)  # columns of `in_parts`; of 16, two warp groups took 8 each and wrong ones (Triton 3.6)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 UNSPECIALIZED = ("sequences", "tokens", "segments", "steps")
@@ -106,17 +105,6 @@ def operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr,
     elif MASKED:
         y *= tl.where(inside, 1.0, 0.0)[:, None]
     return y if WIDE else _rounded(y, x.dtype, ONCE)
-
-
-@triton.jit
-def in_parts(x, DTYPE: tl.constexpr):
-    """Numbers (N,) as the operand (N, PARTS) of a product: what bfloat16 holds of them, the rest, and zeros.
-
-    Summed over the columns, a product with it has nearly float32's precision and costs no arithmetic in registers.
-    """
-    column = tl.arange(0, PARTS)[None, :]
-    high = x.to(tl.bfloat16).to(tl.float32)
-    return tl.where(column == 0, high[:, None], tl.where(column == 1, (x - high)[:, None], 0.0)).to(DTYPE)
 
 
 @triton.jit

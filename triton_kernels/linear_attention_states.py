@@ -13,9 +13,7 @@ import triton.language as tl
 
 from .intervals import _bounded_start
 from .linear_attention_rows import (
-    PARTS,
     UNSPECIALIZED,
-    in_parts,
     log_decays,
     operand,
     place_of,
@@ -55,12 +53,11 @@ def _walk(
     index = ((slot if BY_SLOT else sequence) * HEADS + h).to(tl.int64)
     chunk_index = sequence * tl.cdiv(length, CHUNK) if cu is None else start // CHUNK + sequence
     s = tl.zeros([BK, BV], tl.float32)
-    z = tl.zeros([BK, PARTS], tl.float32)  # the sum of its columns
+    z = tl.zeros([BK], tl.float32)
     if start_state is not None:
         s = tl.load(state_pointers(start_state, index, keys, cols, K, V, False), mask=exists, other=0.0)
     if NORMALIZE and start_vector is not None:
-        start_z = tl.load(start_vector + index * K + keys, mask=has_z, other=0.0)
-        z = tl.where(tl.arange(0, PARTS)[None, :] == 0, start_z[:, None], 0.0)
+        z = tl.load(start_vector + index * K + keys, mask=has_z, other=0.0)
     head = h.to(tl.int64)
     b += batch * stride_bb + first * stride_bt + head // GROUP_B * stride_bh
     c += batch * stride_cb + first * stride_ct + head // GROUP_C * stride_ch
@@ -79,7 +76,7 @@ def _walk(
                 state_pointers(states, kept_index, keys, cols, K, V, False), s.to(states.dtype.element_ty), mask=exists
             )
             if NORMALIZE:
-                tl.store(vectors + kept_index.to(tl.int64) * K + keys, tl.sum(z, 1), mask=has_z)
+                tl.store(vectors + kept_index.to(tl.int64) * K + keys, z, mask=has_z)
         walked = (chunk + offs).to(tl.int64) * STEP
         places = place + walked
         kb = operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP, HEADS_FB, WIDE, ONCE=True)
@@ -99,7 +96,7 @@ def _walk(
             z *= kept
             sum_of_logs += total.to(tl.float32)
         if NORMALIZE:
-            z = tl.dot(tl.trans(kb), in_parts(weights, kb.dtype), z, input_precision=PRECISION)
+            z += tl.sum(kb.to(tl.float32) * weights[:, None], 0)
         if SCALED:
             s += scale * tl.dot(tl.trans(kb), vb, input_precision=PRECISION)
         else:
@@ -107,7 +104,7 @@ def _walk(
     if end_state is not None:
         tl.store(state_pointers(end_state, index, keys, cols, K, V, False), s, mask=exists)
     if NORMALIZE and end_vector is not None:
-        tl.store(end_vector + index * K + keys, tl.sum(z, 1), mask=has_z)
+        tl.store(end_vector + index * K + keys, z, mask=has_z)
     if end_decay is not None and decay is not None:
         tl.store(end_decay + index, sum_of_logs, mask=(rows_piece == 0) & (cols_piece == 0) & used)
 

@@ -33,7 +33,7 @@ def dq_config(dtype, width, longest_k, masked, scored):
     if scored:
         return (64, 32, 8, 2) if width <= 128 else (32, 32, 8, 1)
     if width <= 128:
-        return (128, 64, 8, 2) if masked else (128, 64, 8, 3)
+        return (64, 64, 4, 2) if masked else (128, 64, 8, 3)
     return (64, 32, 8, 1)
 
 
@@ -44,9 +44,9 @@ def dkv_config(dtype, width, longest_q, masked, scored):
     if scored:
         return (32, 64, 4, 2) if width <= 64 else (32, 32, 8, 1)
     if width <= 64:
-        return (64, 64, 4, 2)
+        return (64, 64, 4, 3) if longest_q > 512 else (32, 64, 4, 3)
     if width <= 128:
-        return (32, 128, 8, 2) if masked else (64, 128, 8, 2)
+        return (32, 64, 4, 2) if masked else (32, 64, 4, 3)
     return (32, 64, 8, 1)
 
 
