@@ -40,12 +40,14 @@ def cases(device, quick):
 
 PROVIDERS = (
     ("flowattn", encoders.flowattn_capacity),
+    ("flowattn captured", encoders.flowattn_captured),
     ("flowattn exact", encoders.flowattn_eager),
     ("Hugging Face", encoders.hugging_face),
     ("Hugging Face, torch.compile", encoders.hugging_face_compiled),
 )
-MINE = ("flowattn", "flowattn exact")
+MINE = ("flowattn", "flowattn captured", "flowattn exact")
 NOTE = (
     "Batches are padded to their longest sequence. flowattn has a capacity, the tokens rounded up to 128; exact counts "
-    "them on the host. The floor counts no position term twice, though tiles do at their edges."
+    "them on the host; captured is PaddingFreeEncoder.capture with its copies of the inputs. The floor counts no "
+    "position term twice, though tiles do at their edges."
 )

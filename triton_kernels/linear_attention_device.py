@@ -125,8 +125,8 @@ def linear_attention_kernel(
         walked = (chunk + offs).to(tl.int64) * STEP
         places = place + walked
         if WALKS:
-            kb = operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP_B, HEADS_FB, WIDE, ONCE=True)
-            vb = operand(c, factor_c, walked * stride_ct, places, inside, cols, h, V, MAP_C, HEADS_FC, WIDE, MAP_C > 0)
+            kb = operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP_B, HEADS_FB, WIDE)
+            vb = operand(c, factor_c, walked * stride_ct, places, inside, cols, h, V, MAP_C, HEADS_FC, WIDE)
         if VECTOR == SUM_OF_PAIRS and WALKS:
             if w is not None:
                 ws = scalars(w, places, inside, h, HEADS)
@@ -143,7 +143,7 @@ def linear_attention_kernel(
             before = tl.exp(running.to(tl.float32))
             after = tl.exp(remaining.to(tl.float32))
         if out is not None:
-            qb = operand(a, factor_a, walked * stride_at, places, inside, keys, h, K, MAP_A, HEADS_FA, WIDE, ONCE=True)
+            qb = operand(a, factor_a, walked * stride_at, places, inside, keys, h, K, MAP_A, HEADS_FA, WIDE)
             y = tl.dot(qb, s.to(qb.dtype), input_precision=PRECISION)
             if VECTOR == SUM_OF_PAIRS:
                 if x is not None:

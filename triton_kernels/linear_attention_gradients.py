@@ -92,8 +92,8 @@ def linear_attention_gradients_kernel(
 
     keys = tl.arange(0, BK)
     if K <= BK:  # one tile, of which phi is taken once
-        qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE, ONCE=True)
-        kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE, ONCE=True)
+        qb = operand(q, None, of_q, places, inside, keys, h, K, MAP_Q, 1, WIDE)
+        kb = operand(k, weight, of_k, places, inside, keys, h, K, MAP_K, 1, WIDE)
 
     # Scores of (query i, key j) and, as "..._t", of (key j, query i): no product takes another's transpose.
     products_t = tl.zeros([ROWS, ROWS], tl.float32)

@@ -27,15 +27,6 @@ def _exp_of_negative(x):
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr, ONCE: tl.constexpr):
-    """x as DTYPE. Without the instruction's name, numbers of a pair that are also widened again are rounded one by one,
-    at an eighth of the rate."""
-    if INTERPRETED or DTYPE != tl.bfloat16:
-        return x.to(DTYPE)
-    return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, not ONCE, 2)
-
-
-@triton.jit
 def phi(x, inside, MAP: tl.constexpr):
     """The feature map in float32 of rows x, which are 0 outside; the result is finite there."""
     x = x.to(tl.float32)
@@ -87,8 +78,7 @@ def scalars(base, places, inside, h, HEADS: tl.constexpr):
 
 @triton.jit
 def operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr, MAP: tl.constexpr,
-            FACTOR_HEADS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr = False,
-            ONCE: tl.constexpr = False):  # fmt: skip
+            FACTOR_HEADS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr = False):  # fmt: skip
     """Rows at `offsets` after phi and factor, as an operand of a product.
 
     0 where not inside without phi or if MASKED; else finite, for where the other operand is 0 there.
@@ -104,7 +94,7 @@ def operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr,
         y *= scalars(factor, places, inside, h, FACTOR_HEADS)[:, None]
     elif MASKED:
         y *= tl.where(inside, 1.0, 0.0)[:, None]
-    return y if WIDE else _rounded(y, x.dtype, ONCE)
+    return y if WIDE else y.to(x.dtype)
 
 
 @triton.jit

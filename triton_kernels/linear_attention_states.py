@@ -79,7 +79,7 @@ def _walk(
                 tl.store(vectors + kept_index.to(tl.int64) * K + keys, z, mask=has_z)
         walked = (chunk + offs).to(tl.int64) * STEP
         places = place + walked
-        kb = operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP, HEADS_FB, WIDE, ONCE=True)
+        kb = operand(b, factor_b, walked * stride_bt, places, inside, keys, h, K, MAP, HEADS_FB, WIDE)
         vb = operand(c, factor_c, walked * stride_ct, places, inside, cols, h, V, 0, HEADS_FC, WIDE)
         weights = tl.where(inside, 1.0, 0.0)
         if w is not None:

@@ -18,8 +18,8 @@ constexpr int64_t kLeastSpan = 256;   // tokens
 template <class Run>
 void with_shape(int64_t states, const Run& run) {
   if (states <= 4) return run(SelectiveShape<1, 4, 128>{});
-  if (states <= 16) return run(SelectiveShape<2, 8, 256>{});
-  if (states <= 32) return run(SelectiveShape<2, 16, 256>{});
+  if (states <= 16) return run(SelectiveShape<4, 4, 128>{});
+  if (states <= 32) return run(SelectiveShape<4, 8, 128>{});
   if (states <= 64) return run(SelectiveShape<4, 16, 128>{});
   run(SelectiveShape<8, 32, 128>{});
 }
