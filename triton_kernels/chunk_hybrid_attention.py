@@ -60,7 +60,7 @@ def chunk_hybrid_attention_update_kernel(
         for begin in range(0, chunk, TILE):
             rows = begin + offs
             inside = rows < chunk
-            raw = tl.load(gate_base + rows.to(tl.int64) * stride_gt, mask=inside, other=0.0)
+            raw = tl.load(gate_base + rows.to(tl.int64) * stride_gt, mask=inside, other=0.0).to(tl.float32)
             g = tl.where(inside, _log_sigmoid(raw) / 16.0, 0.0)
             tl.store(decays + head * length + first + rows, tl.exp(total + tl.cumsum(g, 0)), mask=inside)
             total += tl.sum(g, 0)
@@ -101,9 +101,9 @@ def chunk_hybrid_attention_fwd_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     PRECISION: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE: the chunk is a multiple of KEYS."""
-    tiles = tl.cdiv(chunk, TILE)
-    index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    """WHOLE: the chunk is a multiple of KEYS. Backwards: it begins with keys that the last kernel left in the cache."""
+    tiles, program = tl.cdiv(chunk, TILE), tl.num_programs(0) - 1 - tl.program_id(0)
+    index, tile = program // tiles, program % tiles
     images = length // chunk
     head, first = index // images, index % images * chunk
     b, h = head // HEADS, head % HEADS
@@ -178,9 +178,9 @@ def chunk_hybrid_attention_bwd_dq_kernel(
     PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """delta, the sum of p dp, takes a loop of its own: o also holds the cross term, which is often much larger than
-    the inner one, so that do . o would lose the digits of what it is here."""
-    tiles = tl.cdiv(chunk, TILE)
-    index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    the inner one, so that do . o would lose the digits of what it is here. Backwards, as the forward."""
+    tiles, program = tl.cdiv(chunk, TILE), tl.num_programs(0) - 1 - tl.program_id(0)
+    index, tile = program // tiles, program % tiles
     images = length // chunk
     head, first = index // images, index % images * chunk
     b, h = head // HEADS, head % HEADS
@@ -294,7 +294,7 @@ def chunk_hybrid_attention_dgate_kernel(
         inside = rows < chunk
         share = tl.load(along + head * length + first + rows, mask=inside, other=0.0)
         behind = after + tl.cumsum(share, 0, reverse=True)
-        raw = tl.load(gate + rows.to(tl.int64) * stride_gt, mask=inside, other=0.0)
+        raw = tl.load(gate + rows.to(tl.int64) * stride_gt, mask=inside, other=0.0).to(tl.float32)
         tl.store(dgate + rows.to(tl.int64) * HEADS, (behind + d_mean) * sigmoid(-raw) / 16.0, mask=inside)
         after += tl.sum(share, 0)
 

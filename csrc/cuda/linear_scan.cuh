@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kScanThreads, Full ? 2 : 3)
 #pragma unroll
       for (int n = 0; n < N; row.pass(n++)) raw[n] = load_pack<G, V>(row.row);
     }
+    prefetch_next<S, V, N>(args.tokens, shape, args.look_back, run);
     if (threadIdx.x < shape.tile) {
       scalars[threadIdx.x] = token_gate<S>(args, me.row, me.head, first + threadIdx.x, Full);
     }

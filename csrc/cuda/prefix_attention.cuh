@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
       for (int n = 0; n < N; value.pass(n++)) values[n] = load_pack<S, V>(value.row);
     };
     load_values();
+    prefetch_next<S, V, N>(args.values, shape, look_back, run);
     each_empty_sequence(args.sequences, run.tile * me.groups + me.group, shape.tiles * me.groups, [&](int s) {
       const bool given = args.sequences.initial;
       if (me.active) {

@@ -165,6 +165,8 @@ __device__ inline Pack<S, V> load_pack(const S* from) {
   return *reinterpret_cast<const Pack<S, V>*>(from);
 }
 
+constexpr int kLineBytes = 128;
+
 // Asks for the line of memory in the second cache, without a register that waits for it.
 __device__ inline void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 

@@ -103,6 +103,11 @@ class LookBackMemory {
                  int state_scalars, const void* kernel, cudaStream_t stream) {
     if (shape.tiles == 1 || shape.lines >= kLinesAProcessor * processors(op, x)) return;
     view.tile_words = shape.columns * per_column + tile_scalars;
+    if (int64_t{shape.lines} * shape.tiles > processors(op, x)) {
+      int blocks = 0;
+      check_launch(op, cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kScanThreads, 0));
+      view.resident = blocks * processors(op, x);
+    }
     if (shape.tiles <= kScanCluster && has_clusters(op, kernel)) {
       view.cluster = true, view.block = kScanCluster + 1;
       return;

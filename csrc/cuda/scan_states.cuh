@@ -211,6 +211,7 @@ struct ScanLookBack {
   Word* tiles;       // (lines, tiles, tile_words): what a tile does to a state
   Word* states;      // (lines, blocks, state_words): the state after a block of tiles
   int block, tile_words, state_words;
+  int resident;  // blocks of threads that the GPU runs at a time, 0 where they are all
 
   __device__ bool used() const { return ticket || cluster; }
   __device__ Word* tile(const ScanShape& shape, int line, int tile) const {
@@ -239,6 +240,29 @@ struct ScanRun {
     line = taken[0], tile = taken[1], end = tile + 1;
   }
 };
+
+// Asks for the rows of a tensor in the tile that this multiprocessor will take next, or a block its line's: memory
+// would idle while the tiles that run now wait for each other.
+template <class S, int V, int N>
+__device__ inline void prefetch_next(const ScanTensor& x, const ScanShape& shape, const ScanLookBack& look_back,
+                                     const ScanRun& run) {
+  int line = run.line, tile = run.tile + 1;
+  if (look_back.used()) {
+    if (look_back.resident == 0) return;
+    const bool by_line = look_back.cluster;  // the order in which blocks take tiles
+    const int next =
+        (by_line ? run.line * shape.tiles + run.tile : run.tile * shape.lines + run.line) + look_back.resident;
+    line = by_line ? next / shape.tiles : next % shape.lines;
+    tile = by_line ? next % shape.tiles : next / shape.lines;
+  }
+  const int64_t position = int64_t{tile} * shape.tile + threadIdx.x;
+  if (line >= shape.lines || static_cast<int>(threadIdx.x) >= shape.tile || position >= shape.tokens) return;
+  const ScanThread<V, N> there(shape, line);
+  const int first = there.column_block * shape.columns;
+  const auto* row = reinterpret_cast<const char*>(there.template at<const S>(x, token_at(shape, position)) + first);
+  const int bytes = min(shape.columns, shape.width - first) * static_cast<int>(sizeof(S));
+  for (int at = 0; at < bytes; at += kLineBytes) prefetch(row + at);
+}
 
 // Copies `count` words into shared memory as they appear. The next barrier shows them to the block.
 __device__ inline void fetch(const Word* from, int count, Word* to) {

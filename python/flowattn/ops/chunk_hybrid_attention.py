@@ -38,6 +38,8 @@ def chunk_hybrid_attention(q, k, v, gate, *, chunk, initial_state=None, output_f
         q, k, v, gate, chunk=chunk, initial_state=initial_state, output_final_state=output_final_state
     )  # fmt: skip
     backend = _TABLE.choose(*call)
+    if backend.name != "triton":  # whose kernels read gates of any width
+        call = (*call[:3], call[3].to(checks.state_dtype(q)), *call[4:])
     if backend.name == "reference":
         with torch.autocast(q.device.type, enabled=False):  # its products stay in float32
             o, final = reference(*call)
@@ -71,7 +73,7 @@ class _ChunkHybridAttention(torch.autograd.Function):
 
 
 def _prepare(q, k, v, gate, *, chunk, initial_state=None, output_final_state=False):
-    """The public signature, checked, as the arguments of the private op: gate in the dtype of the state."""
+    """The public signature, checked, as the arguments of the private op."""
     names, tensors = ("q", "k", "v"), checks.autocast(q, k, v)
     for name, x in zip(names, tensors):
         checks.require(x.dim() == 4, _OP, f"{name} must have shape (B, T, H, width)", tuple(x.shape))
@@ -100,7 +102,9 @@ def _prepare(q, k, v, gate, *, chunk, initial_state=None, output_final_state=Fal
     if initial_state is not None:
         shape = (batch, heads, width, v.shape[3])
         initial_state = checks.scan_state(_OP, "initial_state", initial_state, shape, q).contiguous()
-    return q, k, v, gate.to(checks.state_dtype(q)), initial_state, chunk
+    if gate.dtype == torch.float64:
+        gate = gate.to(checks.state_dtype(q))
+    return q, k, v, gate, initial_state, chunk
 
 
 def _refuse_cpu(q, *rest):
@@ -149,5 +153,6 @@ def _fwd_fake(q, k, v, gate, state, chunk):
 def _bwd_fake(do, dfinal, q, k, v, gate, state, lse, chunk):
     batch, length, heads, width = q.shape
     dv = q.new_empty((batch, length, heads, v.shape[3]))
-    dstate = gate.new_empty((0 if state is None else batch, heads, width, v.shape[3]))
+    shape = (0 if state is None else batch, heads, width, v.shape[3])
+    dstate = q.new_empty(shape, dtype=checks.state_dtype(q))
     return q.new_empty(q.shape), q.new_empty(q.shape), dv, gate.new_empty(gate.shape), dstate
