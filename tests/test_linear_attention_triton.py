@@ -16,15 +16,12 @@ LENGTH = 300 if GPU else 38
 HALF = (F16, BF16) if GPU else (F16,)  # the interpreter's bfloat16 product is wrong
 
 
-@pytest.fixture(params=("whole", "segments", "rows", "passes over segments"))
+@pytest.fixture(params=("whole", "segments", "passes over segments"))
 def schedule(request, monkeypatch):
-    """Whole sequences, segments of two chunks, or the result by rows with the states of all chunks in memory; gradients
-    chunk by chunk or by passes.
+    """Whole sequences or segments of two chunks; gradients chunk by chunk or by passes.
 
     In the interpreter, chunks and slices that few tokens fill.
     """
-    rows = (2, 64, 64, 64, 4, 2) if GPU else (2, 16, 16, 16, 4, 1)
-    monkeypatch.setattr(configs, "outputs_config", lambda *rest: rows if request.param == "rows" else None)
     cut = request.param.endswith("segments")
     monkeypatch.setattr(configs, "by_passes", lambda *rest: request.param.startswith("passes"))
     if not GPU:

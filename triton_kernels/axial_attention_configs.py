@@ -57,13 +57,13 @@ def short(dtype, width, n, m, backward=False, alone=False, biased=True):
 
 
 def wide_backward(dtype, width, n, m):
-    """((PARTS, BK, BM, num_warps, num_stages), options of the compiler) of the kernel with transposed scores, or None
-    where it is not for such lines. Two programs fit on a processor, in registers and in shared memory."""
+    """(PARTS, BK, BM, num_warps, num_stages) of the kernel with transposed scores, or None where it is not for such
+    lines. Of those up to 128 two programs fit on a processor, in registers and in shared memory."""
     if dtype == torch.float32 or not PACKED_ROWS < max(n, m) <= SHORT or width > 64:
         return None
     if m > 128:
-        return (2, 128, 64, 8, 3), {}
-    return (1, max(power_of_two(m), 64), 32, 4, 5 if n > 96 else 4), {}
+        return (2, 128, 64, 8, 3)
+    return (1, max(power_of_two(m), 64), 32, 4, 5 if n > 96 else 4)
 
 
 def long_forward(dtype, width):

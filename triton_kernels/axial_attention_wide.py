@@ -4,7 +4,7 @@ Scores are transposed, keys by queries: probabilities and their gradients then e
 registers in which they were computed, and query tiles may be narrower than the 64 rows that a tensor-core product
 needs of its first operand. That leaves room for dK and dV in registers, and for a second program on a processor.
 
-The sums of dK and dV of more than 128 keys would leave no room for that second program. Such lines go past in parts of
+The sums of dK and dV of more than 128 keys would leave few registers for anything else. Such lines go past in parts of
 128 keys, one after the other: a part adds its share of dQ to what the parts before it stored, in the dtype of dQ, and
 rowsum(P dP), which no part knows alone, is rowsum(dO O), written down by the first.
 """
@@ -111,7 +111,6 @@ _bwd = Launcher(axial_attention_wide_bwd_kernel)
 
 def backward(call, config, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale):
     sq, sk, sv, sdo, sdq, sdk, sdv, sout, slse, sdlse, _ = call.strides
-    config, options = config
     delta = torch.empty_like(lse) if config[0] > 1 else None
     _bwd(
         call.sequences,
@@ -119,5 +118,4 @@ def backward(call, config, dout, dlse, q, k, v, out, lse, dq, dk, dv, scale):
         (q, k, v, out, dout, lse, dlse, delta, dq, dk, dv, call.n, call.m, call.shift, scale, call.unit),
         (call.inner, sq, sk, sv, sout, sdo, slse, sdlse, sdq, sdk, sdv, *call.common[:-1]),
         config,
-        **options,
     )

@@ -31,13 +31,11 @@ from .linear_attention_device import (
     linear_attention_kernel,
 )
 from .linear_attention_gradients import linear_attention_gradients_kernel, linear_attention_rows_kernel
-from .linear_attention_outputs import linear_attention_outputs_kernel
 from .linear_attention_rows import EXP_SHIFTED, IDENTITY
 
 ROWS_BLOCK = 32
 
 _pass_kernel = Launcher(linear_attention_kernel)
-_outputs_kernel = Launcher(linear_attention_outputs_kernel)
 _gradients_kernel = Launcher(linear_attention_gradients_kernel)
 _rows_kernel = Launcher(linear_attention_rows_kernel)
 
@@ -127,29 +125,6 @@ def walk(call, step, left):
     run(call, step, before, segment=segment, by_slot=True)
 
 
-def _outputs(call, step, left, config):
-    """Launch the states before all chunks, then the result of all rows."""
-    query, key, value = step.a, left.b, left.c
-    length, width, value_width = query.x.shape[1], query.x.shape[3], value.x.shape[3]
-    chunk = config[0] * config[1]
-    states, _ = carry(call, left, None, chunk, keep_chunks=True)
-    tensors = (query.x, key.x, value.x)
-    strides = sum((x.stride()[:3] for x in tensors), ()) + call.decay_strides
-    pointers = (*tensors, key.factor, step.out_factor, call.decay, *states, step.out, step.den, call.cu)
-    programs = call.slots(length, chunk) * call.heads * config[0] * ceil_div(value_width, config[3])
-    if programs:
-        _outputs_kernel(
-            programs,
-            (strides, alignments(*pointers)),
-            (*pointers, *call.where(length, chunk), *strides, step.scale, step.eps),
-            (
-                call.heads, key.group, width, value_width, padded(width), query.map, key.map, call.step, call.steady,
-                call.wide, call.precision,
-            ),
-            config,
-        )  # fmt: skip
-
-
 def both_sides(call, step):
     """Retention in both directions with one decay a head, which the gradients' passes then share."""
     chunk = tile(call, step)[0][0]
@@ -193,11 +168,7 @@ def linear_attention_fwd(
         carry(call, left, None, tile(call, step)[0][0])
         apply(call, step, final)
     else:
-        tiles = configs.outputs_config(q.dtype, padded(width), padded(value_width))
-        if tiles is None:
-            walk(call, step, left)
-        else:
-            _outputs(call, step, left, tiles)
+        walk(call, step, left)
     return out, den, final.s, call.empty(0) if final.z is None else final.z
 
 

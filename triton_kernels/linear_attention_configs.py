@@ -29,13 +29,6 @@ MAPPED = {
     (True, 128): (64, 64, 8, 3, None),
     (True, 256): (64, 64, 8, 2, None),
 }
-# (half, width): (BLOCKS of a chunk, ROWS of a block, BK key columns of a state, BV value columns of a program,
-# num_warps, num_stages) of the result with the states of all chunks in memory; None: programs carry them (FORWARD).
-OUTPUTS = {
-    (True, 128): None,
-    (True, 256): None,
-    (False, 256): None,
-}
 # (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages, registers a thread
 # may take or None) of the gradients. With 128, which costs few or no spills, two programs of 8 warps run at a time.
 GRADIENTS = {
@@ -85,15 +78,6 @@ def config(dtype, width, value_width, whole_rows, mapped, two_states, walks, dev
     elif not mapped and (narrow or walks * value_width < columns * WHOLE * processors(device)):
         columns = min(columns, 32)
     return (chunk, min(columns, value_width), warps, stages), registers
-
-
-def outputs_config(dtype, width, value_width):
-    """(BLOCKS, ROWS, BK, BV, num_warps, num_stages), or None: let programs carry the state."""
-    found = entry(OUTPUTS, dtype, width)
-    if found is None:
-        return None
-    blocks, rows, keys, columns, warps, stages = found
-    return blocks, rows, min(keys, width), min(columns, value_width), warps, stages
 
 
 def gradients_config(dtype, width, value_width, whole_rows, single):
