@@ -218,7 +218,10 @@ def test_bias_alone_requires_grad(backend, dtype, kind, place):
     "backend, dtype", [("cpu", F32), ("cpu", BF16), ("triton", F32)], indirect=["backend"], ids=str
 )
 def test_bias_strides(backend, layout, dtype, place):
-    """Any strides give the bits of a contiguous bias; the gradient of an expanded one is summed by expand itself."""
+    """Any strides give the bits of a contiguous bias; the gradient of an expanded one is summed by expand itself.
+
+    On a GPU Triton's compiler spreads the scores over threads as the bias lies in memory, and sums rows in that order.
+    """
     case = Case("", [5, 0, 34], heads=2)
     x = make(case, dtype, place)
     base = {
@@ -232,10 +235,11 @@ def test_bias_strides(backend, layout, dtype, place):
     }[layout]()  # fmt: skip
     dense = bias.detach().contiguous().requires_grad_()
     out, want = (fa.varlen_attention(*x[:3], x.cu_q, bias=b) for b in (bias, dense))
-    assert torch.equal(out, want)
     (dense_grad,) = torch.autograd.grad(want, dense, x.dout)
     (got,) = torch.autograd.grad(out, base, x.dout)
-    assert torch.equal(got, torch.autograd.grad(bias, base, dense_grad)[0])
+    allowed = 4 * torch.finfo(dtype).eps if backend == "triton" and GPU else 0.0
+    for a, b in ((out, want), (got, torch.autograd.grad(bias, base, dense_grad)[0])):
+        assert (a - b).abs().max() <= allowed * b.abs().max()
 
 
 @pytest.mark.gpu

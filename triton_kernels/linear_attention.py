@@ -72,12 +72,11 @@ class Pass(NamedTuple):
 
 def tile(call, step):
     """(CHUNK, BV, num_warps, num_stages) and registers of a pass; columns past the widths are masked."""
-    width = padded(step.b.x.shape[3])
+    widths = call.padded(step.b.x.shape[3], step.c.x.shape[3])
     mapped = max(step.b.map, step.a.map if step.a else 0) != IDENTITY.value
     whole = max(step.c.map, step.input.map if step.input else 0) >= EXP_SHIFTED.value
     two_states = call.mode == BIDIRECTIONAL
-    widths, walks = (width, padded(step.c.x.shape[3])), call.sequences * call.heads
-    return configs.config(call.q.dtype, *widths, whole, mapped, two_states, walks, call.q.device)
+    return configs.config(call.q.dtype, *widths, whole, mapped, two_states)
 
 
 def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, sides=LEFT):
@@ -96,7 +95,7 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
     )  # fmt: skip
     constants = (
         call.heads, *(x.group if x is not None else 1 for x in (a, b, c, given)), b.x.shape[3], c.x.shape[3],
-        padded(b.x.shape[3]), *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
+        call.padded(b.x.shape[3], c.x.shape[3])[0], *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
         *(call.heads if f is not None and f.dim() == 3 else 1 for f in factors),
         step.vector, walks, -1 if backwards else 1, call.steady, step.transposed, segment, by_slot,
         step.value_scale != 1.0, sides.kind, call.wide, call.precision,
@@ -241,7 +240,7 @@ def _gradients(call, left, right, results, fresh):
     length, width, value_width = query.x.shape[1], query.x.shape[3], value.x.shape[3]
     whole = max(query.map, key.map) >= EXP_SHIFTED.value
     single = results[3] is not None
-    config, registers = configs.gradients_config(call.q.dtype, padded(width), padded(value_width), whole, single)
+    config, registers = configs.gradients_config(call.q.dtype, *call.padded(width, value_width), whole, single)
     chunk = config[0] * config[1]
     states = carry(call, left, right, chunk, keep_chunks=True)
     tensors = (query.x, key.x, value.x, grad.x)

@@ -16,6 +16,7 @@ from .linear_attention_states import linear_attention_scan_kernel, linear_attent
 
 NON_CAUSAL, CAUSAL, REVERSE, BIDIRECTIONAL = range(4)  # as in flowattn/reference/linear_attention.py
 NARROWEST = 16  # of a product's operands
+SWIZZLED = 64  # bfloat16 numbers of a row of shared memory that is swizzled as a whole
 
 _states_kernel = Launcher(linear_attention_states_kernel)
 _scan_kernel = Launcher(linear_attention_scan_kernel)
@@ -73,6 +74,10 @@ class Call:
     def empty(self, *shape, dtype=torch.float32):
         return self.q.new_empty(shape, dtype=dtype)
 
+    def padded(self, width, value_width):
+        """Columns of the tiles of keys and of values."""
+        return padded(width, value_width, self.wide), padded(value_width, width, self.wide)
+
     def slots(self, length, segment):
         """Slots that hold the segments of all sequences, however long each packed one is (see intervals.py)."""
         if not segment:
@@ -92,8 +97,15 @@ class Call:
 
 
 @functools.cache
-def padded(width):
-    return max(NARROWEST, triton.next_power_of_2(width))
+def padded(width, other=0, wide=True):
+    """Columns of the tiles of a head of `width` columns.
+
+    The bfloat16 tiles of keys and of values (`other`) have rows of at least 128 bytes, or of one length: ptxas 12.8, which
+    Triton 3.6 brings, mixes up the shared-memory addresses of products where these are swizzled in different ways
+    (tests/test_triton_code.py).
+    """
+    columns = max(NARROWEST, triton.next_power_of_2(width))
+    return columns if wide else max(columns, min(padded(other), SWIZZLED))
 
 
 def walk_states(
@@ -164,7 +176,7 @@ def carry(call, left, right, chunk, *, segment=None, keep_segments=False, keep_c
     given = [side for side in sides if side is not None]
     length, width, value_width = given[0].b.x.shape[1], given[0].b.x.shape[3], given[0].c.x.shape[3]
     walks, device = call.sequences * call.heads * len(given), call.q.device
-    widths = call.q.dtype, padded(width), padded(value_width), max(side.b.map for side in given) >= EXP_SHIFTED.value
+    widths = call.q.dtype, *call.padded(width, value_width), max(side.b.map for side in given) >= EXP_SHIFTED.value
     block = configs.states_config(*widths, walks, device)
     if segment is None:
         pieces = ceil_div(width, block[0]) * ceil_div(value_width, block[1])

@@ -19,7 +19,7 @@ SCAN_TILE, SCAN_ROWS = 4096, 512  # numbers that a program of the scan takes at 
 FORWARD = {
     (True, 64): (64, 64, 4, 2, None),
     (True, 128): (64, 64, 4, 2, None),
-    (True, 256): (64, 32, 4, 3, None),
+    (True, 256): (64, 64, 8, 2, None),
     (False, 128): (32, 32, 4, 1, None),
     (False, 256): (32, 16, 4, 1, None),
 }
@@ -27,7 +27,6 @@ FORWARD = {
 MAPPED = {
     **FORWARD,
     (True, 128): (64, 64, 8, 3, None),
-    (True, 256): (64, 64, 8, 2, None),
 }
 # (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages, registers a thread
 # may take or None) of the gradients. With 128, which costs few or no spills, two programs of 8 warps run at a time.
@@ -63,21 +62,17 @@ def by_passes(dtype, width, whole_rows):
     return not whole_rows and entry(PASSES, dtype, width)
 
 
-def config(dtype, width, value_width, whole_rows, mapped, two_states, walks, device):
+def config(dtype, width, value_width, whole_rows, mapped, two_states):
     """(CHUNK, BV, num_warps, num_stages) of a pass and registers, for padded widths.
 
     whole_rows: all columns in a program; mapped: queries or keys have a feature map; two_states: a program meets those
-    of both sides. `walks` states are carried; where they fill too few processors a program takes 32 columns, unless it
-    would repeat a map.
+    of both sides, which leaves no shared memory for loads ahead of wide rows.
     """
-    narrow = two_states and (mapped or width > 128)  # for the sake of shared memory
-    mapped = mapped and not narrow
-    chunk, columns, warps, stages, registers = entry(MAPPED if mapped else FORWARD, dtype, width)
+    heavy = two_states and (mapped or width > 128)
+    chunk, columns, warps, stages, registers = entry(MAPPED if mapped and not heavy else FORWARD, dtype, width)
     if whole_rows:
         columns, warps, registers = value_width, 8 if value_width > 64 else warps, None
-    elif not mapped and (narrow or walks * value_width < columns * WHOLE * processors(device)):
-        columns = min(columns, 32)
-    return (chunk, min(columns, value_width), warps, stages), registers
+    return (chunk, min(columns, value_width), warps, 1 if heavy else stages), registers
 
 
 def gradients_config(dtype, width, value_width, whole_rows, single):
@@ -91,14 +86,8 @@ def states_config(dtype, width, value_width, whole_rows, walks, device):
     """(BK, BV, num_warps, num_stages); `walks` states are carried, cut until they fill the processors."""
     block, warps, stages = entry(STATES, dtype, width)
     rows, columns = width if whole_rows else min(block, width), min(block, value_width)
-
-    def filled():
-        return walks * (width // rows) * (value_width // columns) >= PROGRAMS * processors(device)
-
-    if not filled() and columns > 32:
-        columns = 32
-    if not filled() and rows > 32 and not whole_rows:
-        rows = 32
+    if not whole_rows and walks * (width // rows) * (value_width // columns) < PROGRAMS * processors(device):
+        rows, columns = min(rows, 32), min(columns, 32)
     return rows, columns, warps, stages
 
 
