@@ -122,10 +122,13 @@ def measure(case, bound, direction, device, quick=False, seconds=SECONDS):
     return fields | dict(zip(("ms", "ms_p20", "ms_p80"), graph)), why
 
 
-def run(module, device, *, environment, floors, quick=False, seconds=SECONDS, say=print):
-    """Measure every case of a bench module; yield the records, one for each provider and direction, as they come."""
+def run(module, device, *, environment, floors, quick=False, seconds=SECONDS, only="", say=print):
+    """Measure the cases of a bench module whose names contain `only`; yield the records, one for each provider and
+    direction, as they come."""
     with timing.own_stream(device):
         for case in module.cases(device, quick):
+            if only not in case.name:
+                continue
             say(f"{module.OP}: {case.name}")
             for name, build in module.PROVIDERS:
                 bound = _bind(name, build, case, say)

@@ -38,8 +38,11 @@ def ops():
     return sorted(path.stem.removeprefix("bench_") for path in (find_checkout() / "benchmarks").glob("bench_*.py"))
 
 
-def measure(names, device, quick, seconds=None):
-    """Run the benchmarks of `names`, each clock for `seconds`; yield their records, which share date and floors."""
+def measure(names, device, quick, seconds=None, only=""):
+    """Run the benchmarks of `names`, each clock for `seconds`; yield their records, which share date and floors.
+
+    only: part of the names of the cases to measure.
+    """
     harness, timing, records = load("harness"), load("timing"), load("records")
     environment = records.environment(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -47,7 +50,7 @@ def measure(names, device, quick, seconds=None):
     rates = f"copy {floors['copy'] * 1e-9:.4g} GB/s, matmul {floors['matmul'] * 1e-12:.4g} TFLOP/s"
     print(f"{environment['device']}: {rates}")
     for name in names:
-        options = {"environment": environment, "floors": floors, "quick": quick}
+        options = {"environment": environment, "floors": floors, "quick": quick, "only": only}
         yield from harness.run(load(f"bench_{name}"), device, **options, seconds=seconds or harness.SECONDS)
 
 
@@ -76,6 +79,7 @@ def main(arguments=None):
     ):
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--seconds", type=float, help="how long each clock takes samples; 0.2 by default")
+    parser.add_argument("--case", default="", help="measure only cases whose names contain this")
     options = parser.parse_args(arguments)
     names = options.op or ops()
     for name in names:
@@ -84,7 +88,7 @@ def main(arguments=None):
     records = load("records")
     if not (options.plot or options.readme or options.check):
         broken = False
-        for line in measure(names, torch.device(options.device), options.quick, options.seconds):
+        for line in measure(names, torch.device(options.device), options.quick, options.seconds, options.case):
             broken |= line["ours"] and line["status"] != "ok"
             if not options.quick:
                 records.write([line])  # at once, so that an interrupted run keeps what it measured
