@@ -156,7 +156,8 @@ def plain_torch(
     return torch.cat(outs), torch.cat(lses, 1)
 
 
-def check(got, want, plain, dtype):
+def check(got, want, plain, dtype, cut=0.0):
+    """cut: what the kernel's products may lose of the largest number besides."""
     for name in got:
         a, b, c, factor = got[name].double(), want[name], plain[name].double(), FACTOR[name]
         hidden = b == -math.inf
@@ -165,7 +166,11 @@ def check(got, want, plain, dtype):
         rounded = b.masked_fill(hidden, 0).to(torch.promote_types(dtype, F32) if name == "lse" else dtype)
         atol = 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max()) if b.numel() else 0.0
         atol = ATOL_64 if dtype == F64 else atol
-        limit = LSE_ATOL_16 if name == "lse" and dtype in (F16, BF16) else factor * reach + atol
+        limit = (
+            LSE_ATOL_16
+            if name == "lse" and dtype in (F16, BF16)
+            else factor * reach + atol + cut * float(b.masked_fill(hidden, 0).abs().max() if b.numel() else 0)
+        )
         assert error <= limit, f"{name}: error {error:.3g} against float64, plain torch allows {limit:.3g}"
 
 

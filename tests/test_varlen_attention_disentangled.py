@@ -91,11 +91,11 @@ def plain_torch(q, k, v, cu_q, cu_k, *, bias, return_lse, causal=False, window=(
     return torch.cat(outs), torch.cat(lses, 1)
 
 
-def check_all(got, want, plain, dtype):
+def check_all(got, want, plain, dtype, cut=0.0):
     """test_varlen_attention.check, with the tables' gradients under the rule of dq."""
-    check({n: got[n] for n in FACTOR}, want, plain, dtype)
+    check({n: got[n] for n in FACTOR}, want, plain, dtype, cut)
     for name in got.keys() - FACTOR.keys():
-        check(*({"dq": results[name]} for results in (got, want, plain)), dtype)
+        check(*({"dq": results[name]} for results in (got, want, plain)), dtype, cut)
 
 
 @pytest.mark.parametrize("backend, dtype, lut", kernels([F32, F16, BF16, F64], LUTS), indirect=["backend"])
@@ -145,7 +145,9 @@ def test_head_widths(backend, place, dtype, d, dv):
         pytest.skip("the code of the others is the same, and slow in the interpreter")
     case = Case("", [1, 17, 36], heads=2, heads_kv=2, d=d, dv=dv)
     x, bias = make(case, dtype, place), make_bias(case, "scattered", dtype=dtype, device=place)
-    check_all(run(x, bias), exact(x, bias), run(x, bias, plain_torch), dtype)
+    # A tensor core cuts the sum behind every 8 columns instead of rounding it: half of the last bit each, always down.
+    cut = d / 8 * 2**-25 if backend == "triton" and GPU and dtype == F32 else 0.0
+    check_all(run(x, bias), exact(x, bias), run(x, bias, plain_torch), dtype, cut)
 
 
 @pytest.mark.parametrize("top_left", [False, True], ids=["bottom_right", "top_left"])

@@ -237,7 +237,7 @@ def test_bias_strides(backend, layout, dtype, place):
     out, want = (fa.varlen_attention(*x[:3], x.cu_q, bias=b) for b in (bias, dense))
     (dense_grad,) = torch.autograd.grad(want, dense, x.dout)
     (got,) = torch.autograd.grad(out, base, x.dout)
-    allowed = 4 * torch.finfo(dtype).eps if backend == "triton" and GPU else 0.0
+    allowed = 16 * torch.finfo(dtype).eps if backend == "triton" and GPU else 0.0
     for a, b in ((out, want), (got, torch.autograd.grad(bias, base, dense_grad)[0])):
         assert (a - b).abs().max() <= allowed * b.abs().max()
 

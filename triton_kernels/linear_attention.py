@@ -31,10 +31,11 @@ from .linear_attention_device import (
     linear_attention_kernel,
 )
 from .linear_attention_gradients import linear_attention_gradients_kernel, linear_attention_rows_kernel
-from .linear_attention_rows import EXP_SHIFTED, IDENTITY
+from .linear_attention_rows import EXP_SHIFTED, IDENTITY, linear_attention_map_kernel
 
 ROWS_BLOCK = 32
 
+_map_kernel = Launcher(linear_attention_map_kernel)
 _pass_kernel = Launcher(linear_attention_kernel)
 _gradients_kernel = Launcher(linear_attention_gradients_kernel)
 _rows_kernel = Launcher(linear_attention_rows_kernel)
@@ -73,10 +74,29 @@ class Pass(NamedTuple):
 def tile(call, step):
     """(CHUNK, BV, num_warps, num_stages) and registers of a pass; columns past the widths are masked."""
     widths = call.padded(step.b.x.shape[3], step.c.x.shape[3])
-    mapped = max(step.b.map, step.a.map if step.a else 0) != IDENTITY.value
     whole = max(step.c.map, step.input.map if step.input else 0) >= EXP_SHIFTED.value
-    two_states = call.mode == BIDIRECTIONAL
-    return configs.config(call.q.dtype, *widths, whole, mapped, two_states)
+    return configs.config(call.q.dtype, *widths, whole, call.mode == BIDIRECTIONAL)
+
+
+def mapped(rows):
+    """`rows` after their map and factor, where it pays to write them once before the passes that read them."""
+    x, (batch, length, heads, width) = rows.x, rows.x.shape
+    if (rows.map == IDENTITY.value and rows.factor is None) or not configs.maps_once(x.dtype, padded(width)):
+        return rows
+    out = x.new_empty(x.shape)
+    if out.numel():
+        _map_kernel(
+            ceil_div(batch * length * heads, ROWS_BLOCK),
+            (x.stride()[:3], alignments(x, rows.factor)),
+            (x, rows.factor, out, batch * length * heads, length, *x.stride()[:3]),
+            (heads, width, padded(width), rows.map, factor_heads(rows.factor)),
+            (ROWS_BLOCK, 4, 1),
+        )
+    return Rows(out, rows.group)
+
+
+def factor_heads(factor):
+    return factor.shape[2] if factor is not None and factor.dim() == 3 else 1
 
 
 def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=False, sides=LEFT):
@@ -95,8 +115,9 @@ def run(call, step, state, final=NO_STATE, *, walks=True, segment=0, by_slot=Fal
     )  # fmt: skip
     constants = (
         call.heads, *(x.group if x is not None else 1 for x in (a, b, c, given)), b.x.shape[3], c.x.shape[3],
-        call.padded(b.x.shape[3], c.x.shape[3])[0], *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
-        *(call.heads if f is not None and f.dim() == 3 else 1 for f in factors),
+        call.padded(b.x.shape[3], c.x.shape[3])[0],
+        *(x.map if x is not None else IDENTITY.value for x in (a, b, c, given)),
+        *map(factor_heads, factors),
         step.vector, walks, -1 if backwards else 1, call.steady, step.transposed, segment, by_slot,
         step.value_scale != 1.0, sides.kind, call.wide, call.precision,
     )  # fmt: skip
@@ -155,7 +176,8 @@ def linear_attention_fwd(
     out = (q.new_empty if cu_seqlens is None else q.new_zeros)((batch, length, heads, value_width))
     den = call.empty(batch, length, heads) if normalize else call.empty(0)
     final = call.states(call.sequences, width, value_width) if mode != BIDIRECTIONAL else State(call.empty(0))
-    query, key = Rows(q, 1, map_q), Rows(k, group, map_k, contiguous(key_weight))
+    query = mapped(Rows(q, 1, map_q))
+    key = mapped(Rows(k, group, map_k, contiguous(key_weight)))
     left = Side(key, Rows(v, group), State(s0, z0), final)
     step = Pass(
         query, key, left.c, vector=SUM_OF_KEYS.value if normalize else NOTHING.value, scale=scale, eps=eps,
@@ -198,11 +220,15 @@ def linear_attention_bwd(
             ddecay = make((batch, length, heads), dtype=torch.float32, device=q.device)
         _gradients(call, left, right, (dq, *parts, ddecay if want_ddecay else None), s0 is None)
     else:
-        pairs = SUM_OF_PAIRS.value if normalize else NOTHING.value
-        dq_step = Pass(grad, value, key, vector=pairs, x=x, transposed=True, scale=plain, out=dq, input=query)
+        pairs, of_key = SUM_OF_PAIRS.value if normalize else NOTHING.value, key.factor
+        query, key, grad = mapped(query), mapped(key), mapped(grad)
+        left, right = left._replace(b=key), right._replace(b=query, c=grad)
+        dq_step = Pass(
+            grad, value, key, vector=pairs, x=x, transposed=True, scale=plain, out=dq, input=Rows(q, 1, map_q)
+        )
         dk_step = Pass(
             value, grad, query, vector=pairs, w=x, transposed=True, value_scale=plain, out=parts[0],
-            out_factor=key.factor, input=Rows(k, group, map_k),
+            out_factor=of_key, input=Rows(k, group, map_k),
         )  # fmt: skip
         dv_step = Pass(key, query, grad, value_scale=plain, out=parts[1])
         if mode == BIDIRECTIONAL:

@@ -100,9 +100,9 @@ class Call:
 def padded(width, other=0, wide=True):
     """Columns of the tiles of a head of `width` columns.
 
-    The bfloat16 tiles of keys and of values (`other`) have rows of at least 128 bytes, or of one length: ptxas 12.8, which
-    Triton 3.6 brings, mixes up the shared-memory addresses of products where these are swizzled in different ways
-    (tests/test_triton_code.py).
+    The bfloat16 tiles of keys and of values (`other`) have rows of at least 128 bytes, or of one length: ptxas 12.8,
+    which Triton 3.6 brings, mixes up the shared-memory addresses of products whose operands are swizzled in different
+    ways (tests/test_triton_code.py).
     """
     columns = max(NARROWEST, triton.next_power_of_2(width))
     return columns if wide else max(columns, min(padded(other), SWIZZLED))

@@ -10,8 +10,8 @@ import torch
 
 from .launch import processors
 
-WHOLE = 1.25  # programs of 4 warps a multiprocessor from which on each walks a whole sequence
-PROGRAMS = 2  # programs of 4 warps a multiprocessor that a launch should reach where sequences are cut
+WHOLE = 0.9  # programs of 4 warps a multiprocessor from which on each walks a whole sequence
+PROGRAMS = 1  # programs of 4 warps a multiprocessor that a launch should reach where sequences are cut
 SHORTEST_SEGMENT = 4  # chunks: a shorter segment would read and write more state than tokens
 SCAN_TILE, SCAN_ROWS = 4096, 512  # numbers that a program of the scan takes at once, and of how many segments at most
 
@@ -19,14 +19,9 @@ SCAN_TILE, SCAN_ROWS = 4096, 512  # numbers that a program of the scan takes at 
 FORWARD = {
     (True, 64): (64, 64, 4, 2, None),
     (True, 128): (64, 64, 4, 2, None),
-    (True, 256): (64, 64, 8, 2, None),
+    (True, 256): (64, 64, 4, 2, None),
     (False, 128): (32, 32, 4, 1, None),
     (False, 256): (32, 16, 4, 1, None),
-}
-# The same for queries and keys under a feature map, which every program takes of all their columns.
-MAPPED = {
-    **FORWARD,
-    (True, 128): (64, 64, 8, 3, None),
 }
 # (half, width): (BLOCKS of a chunk, ROWS of a block, columns of all operands, num_warps, num_stages, registers a thread
 # may take or None) of the gradients. With 128, which costs few or no spills, two programs of 8 warps run at a time.
@@ -62,17 +57,25 @@ def by_passes(dtype, width, whole_rows):
     return not whole_rows and entry(PASSES, dtype, width)
 
 
-def config(dtype, width, value_width, whole_rows, mapped, two_states):
+def maps_once(dtype, width):
+    """Whether rows are written after their feature map or factor before the passes read them.
+
+    bfloat16 operands of products are those rows to the last bit. Every program would take the map of all key columns
+    again, and at 128 columns that takes longer than reading and writing them.
+    """
+    return dtype == torch.bfloat16 and width >= 128
+
+
+def config(dtype, width, value_width, whole_rows, two_states):
     """(CHUNK, BV, num_warps, num_stages) of a pass and registers, for padded widths.
 
-    whole_rows: all columns in a program; mapped: queries or keys have a feature map; two_states: a program meets those
-    of both sides, which leaves no shared memory for loads ahead of wide rows.
+    whole_rows: all columns in a program; two_states: a program meets those of both sides, which leaves no shared memory
+    for loads ahead of wide rows.
     """
-    heavy = two_states and (mapped or width > 128)
-    chunk, columns, warps, stages, registers = entry(MAPPED if mapped and not heavy else FORWARD, dtype, width)
+    chunk, columns, warps, stages, registers = entry(FORWARD, dtype, width)
     if whole_rows:
         columns, warps, registers = value_width, 8 if value_width > 64 else warps, None
-    return (chunk, min(columns, value_width), warps, 1 if heavy else stages), registers
+    return (chunk, min(columns, value_width), warps, 1 if two_states and width > 128 else stages), registers
 
 
 def gradients_config(dtype, width, value_width, whole_rows, single):

@@ -76,6 +76,25 @@ def scalars(base, places, inside, h, HEADS: tl.constexpr):
     return tl.load(base + places * HEADS + (h if HEADS > 1 else 0), mask=inside, other=0.0).to(tl.float32)
 
 
+@triton.jit(do_not_specialize=("rows", "tokens"))
+def linear_attention_map_kernel(
+    x, factor, out,  # (B, T, HEADS, WIDTH), out contiguous; factor (B, T, FACTOR_HEADS)
+    rows, tokens, stride_b, stride_t, stride_h,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, MAP: tl.constexpr, FACTOR_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = phi(x) * factor, as `operand` makes it."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.arange(0, COLUMNS)
+    token = offs // HEADS
+    within = (offs < rows)[:, None] & (cols < WIDTH)[None, :]
+    at = token // tokens * stride_b + token % tokens * stride_t + offs % HEADS * stride_h
+    y = phi(tl.load(x + at[:, None] + cols[None, :], mask=within, other=0.0), within, MAP)
+    if factor is not None:
+        y *= scalars(factor, offs if FACTOR_HEADS > 1 else token, offs < rows, 0, 1)[:, None]
+    tl.store(out + (offs * WIDTH)[:, None] + cols[None, :], y.to(out.dtype.element_ty), mask=within)
+
+
 @triton.jit
 def operand(base, factor, offsets, places, inside, cols, h, WIDTH: tl.constexpr, MAP: tl.constexpr,
             FACTOR_HEADS: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr = False):  # fmt: skip

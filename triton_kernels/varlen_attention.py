@@ -139,8 +139,8 @@ def constants(q, k, v, cu_q, cu_k, left, right, top_left):
     """The constexpr arguments GROUP .. TILE in the kernels' order, and whether both sides share cu_seqlens."""
     width, width_v = q.shape[2], v.shape[2]
     itself = cu_k.data_ptr() == cu_q.data_ptr() and q.shape[0] == k.shape[0]
-    # One padded width for both: a value block narrower than the key block was computed wrongly in half precision
-    # (triton 3.6.0, H100, widths 40 and 8).
+    # One padded width for both: ptxas 12.8 mixes up the addresses of products whose operands are swizzled in different
+    # ways (tests/triton_code.py); a value block narrower than the key block was wrong on an H100 (widths 40 and 8).
     block = max(16, triton.next_power_of_2(max(width, width_v)))
     # tf32x3: three tensor-core products, float32 accuracy
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
