@@ -163,14 +163,13 @@ def check(got, want, plain, dtype, cut=0.0):
         hidden = b == -math.inf
         assert torch.equal(a == -math.inf, hidden), f"{name}: -inf in the wrong places"
         error, reach = ((x - b).masked_fill(hidden, 0).abs().amax(dim=None) if b.numel() else 0.0 for x in (a, c))
-        rounded = b.masked_fill(hidden, 0).to(torch.promote_types(dtype, F32) if name == "lse" else dtype)
-        atol = 2 * float((rounded + 0.3 - 0.3 - rounded).abs().max()) if b.numel() else 0.0
-        atol = ATOL_64 if dtype == F64 else atol
-        limit = (
-            LSE_ATOL_16
-            if name == "lse" and dtype in (F16, BF16)
-            else factor * reach + atol + cut * float(b.masked_fill(hidden, 0).abs().max() if b.numel() else 0)
+        finite = b.masked_fill(hidden, 0)
+        rounded = finite.to(torch.promote_types(dtype, F32) if name == "lse" else dtype)
+        atol, size = (
+            (2 * float((rounded + 0.3 - 0.3 - rounded).abs().max()), float(finite.abs().max())) if b.numel() else (0, 0)
         )
+        atol = (ATOL_64 if dtype == F64 else atol) + cut * size
+        limit = LSE_ATOL_16 if name == "lse" and dtype in (F16, BF16) else factor * reach + atol
         assert error <= limit, f"{name}: error {error:.3g} against float64, plain torch allows {limit:.3g}"
 
 
