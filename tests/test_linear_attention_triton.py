@@ -110,6 +110,12 @@ def test_few_or_no_tokens(schedule, device, lengths):
         check(q, k, v, place=device, initial_state=state(), decay=-torch.rand(2), learn=("decay",))
 
 
+@pytest.mark.parametrize("scale", (0.0, -2.5))
+def test_scale(schedule, device, scale):
+    """With 0 only what the gradient of the final state brings is left."""
+    check(*rows(), place=device, scale=scale, initial_state=state()[:1])
+
+
 def test_chunk_64_width_64_scale_1(device):
     """Triton 3.4 to 3.7 miscompiled such backward passes on Hopper where a product took another's transpose."""
     dtype = BF16 if GPU else F16

@@ -198,7 +198,7 @@ def linear_attention_bwd(
     mode, normalize, want_ddecay,
 ):  # fmt: skip
     (batch, length, heads, _), group = q.shape, q.shape[2] // k.shape[2]
-    plain = scale if row_scale is None and not normalize else 1.0  # what is not in the factor
+    plain = 1.0 if normalize or row_scale is not None or scale == 0 else scale  # what is not in the factor
     call = Call(q, heads, cu_seqlens, decay, mode, normalize, plain)
     make = torch.empty if cu_seqlens is None else torch.zeros
     dq, *parts = (
@@ -291,7 +291,7 @@ def _gradients(call, left, right, results, fresh):
 
 def _row_factors(call, dout, out, den, row_scale, scale):
     """(factor, x) of linear_attention_rows_kernel, each None where it is not needed."""
-    if not call.normalize and row_scale is None:
+    if not call.normalize and row_scale is None and scale != 0:
         return None, None
     factor = call.empty(*dout.shape[:3])
     x = torch.empty_like(factor) if call.normalize else None

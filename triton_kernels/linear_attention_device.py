@@ -15,6 +15,8 @@ as three tf32 products for float32 inputs. No product takes the transpose of ano
 Retention in both directions takes two walks over the keys: one from the right that leaves the state right of every
 chunk, and one from the left that adds, to all pairs within a chunk, both states.
 
+SCALED: values count value_scale times. The program walks with S / value_scale, so that products add to S as they come.
+
 In a walk from the other end the decay of a token acts a step late: on what it passes on, not on what it meets.
 """
 
@@ -93,6 +95,8 @@ def linear_attention_kernel(
     exists = (keys < K)[:, None] & (cols < V)[None, :]
     if state is not None:
         s = tl.load(state_pointers(state, state_index, keys, cols, K, V, TRANSPOSED), mask=exists, other=0.0)
+        if SCALED:
+            s /= value_scale
     z = tl.zeros([BK if VECTOR == SUM_OF_KEYS else BV], tl.float32)
     width_z: tl.constexpr = K if VECTOR == SUM_OF_KEYS else V
     place_z = keys if VECTOR == SUM_OF_KEYS else cols
@@ -191,10 +195,8 @@ def linear_attention_kernel(
                     if SIDES == BOTH_SIDES:
                         weights += far_weights
                     weights += tl.sum(scores, 1)
-                if SCALED:
-                    scores *= value_scale
                 y = tl.dot(scores.to(vb.dtype), vb, y, input_precision=PRECISION)
-            factor = tl.full([CHUNK], 1.0, tl.float32) * scale
+            factor = tl.full([CHUNK], 1.0, tl.float32) * (scale * value_scale if SCALED else scale)
             if VECTOR == SUM_OF_KEYS:
                 weights = scale * weights + eps
                 if piece == 0:
@@ -221,12 +223,11 @@ def linear_attention_kernel(
                 z += tl.sum(kb.to(tl.float32) * shares[:, None], 0)
             if VECTOR == SUM_OF_PAIRS:
                 z += tl.sum(ws[:, None] * vb.to(tl.float32), 0)
-            if SCALED:
-                s += value_scale * tl.dot(tl.trans(kb), vb, input_precision=PRECISION)
-            else:
-                s = tl.dot(tl.trans(kb), vb, s, input_precision=PRECISION)
+            s = tl.dot(tl.trans(kb), vb, s, input_precision=PRECISION)
 
     if final_state is not None:
+        if SCALED:
+            s *= value_scale
         tl.store(state_pointers(final_state, state_index, keys, cols, K, V, TRANSPOSED), s, mask=exists)
     if final_vector is not None and (VECTOR == SUM_OF_PAIRS or piece == 0):
         tl.store(final_vector + state_index.to(tl.int64) * width_z + place_z, z, mask=place_z < width_z)
