@@ -122,8 +122,14 @@ Tensor bias_gelu_fwd_cuda(Tensor x, MaybeTensor bias, bool tanh) {
     with_gelu<S>(alignment.vectors(), tanh, [&](auto v, auto form) {
       const GeluShape shape(args.width / v);
       FA_CHECK(shape.column_blocks <= kMostColumnBlocks, kGelu, "d must be smaller", args.width);
-      const dim3 grid = shape.grid(args.rows, kGeluRows, std::numeric_limits<int32_t>::max());
-      bias_gelu_fwd_kernel<S, v, form><<<grid, shape.block, 0, launch.stream()>>>(args);
+      constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+      const dim3 grid = shape.grid(args.rows, kGeluRows, kMost);
+      if (int64_t{grid.x} * grid.y >= int64_t{processors(kGelu, x)} * kGeluFew) {
+        bias_gelu_fwd_kernel<S, v, form, kGeluRows><<<grid, shape.block, 0, launch.stream()>>>(args);
+      } else {
+        const dim3 more = shape.grid(args.rows, 1, kMost);
+        bias_gelu_fwd_kernel<S, v, form, 1><<<more, shape.block, 0, launch.stream()>>>(args);
+      }
       check_launch(kGelu, cudaGetLastError());
     });
   });

@@ -26,13 +26,15 @@ struct Rows {
 // turns over the rows. A thread keeps its columns, so it reads the bias once, and has several rows in flight.
 
 constexpr int kGeluThreads = 256, kGeluRows = 4, kGeluBwdRows = 2;
+constexpr int kGeluFew = 4;  // blocks a multiprocessor: a forward of fewer takes one row a thread, not kGeluRows
 constexpr int kGeluBlocks = 3;  // a multiprocessor, in the backward: few partial sums, and 48 KiB of loads in flight
 
+template <class S>  // of the results
 struct DeviceMath {
   typedef float Scalar;
   static __device__ float exp(float x) { return fast_exp(x); }
   static __device__ float inverse(float x) { return fast_inverse(x); }  // of 1..2 only
-  static __device__ float normal_cdf(float u, float gauss) { return float_normal_cdf(u, gauss); }
+  static __device__ float normal_cdf(float u, float gauss) { return float_normal_cdf<sizeof(S) == 2>(u, gauss); }
 };
 
 template <class S>
@@ -45,25 +47,25 @@ struct BiasGeluArgs {
   float* partials;  // (gridDim.x, width) or nullptr; backward
 };
 
-template <class S, int V, bool Tanh>
+template <class S, int V, bool Tanh, int ThreadRows>
 __global__ void __launch_bounds__(kGeluThreads) bias_gelu_fwd_kernel(const BiasGeluArgs<S> args) {
   const int column = (blockIdx.y * blockDim.x + threadIdx.x) * V;
   if (column >= args.width) return;
   const Floats<V> bias = load<V, S>(args.bias, column, 0.0f);
-  const int64_t step = blockDim.y, turn = int64_t{gridDim.x} * step * kGeluRows;
-  for (int64_t first = blockIdx.x * step * kGeluRows + threadIdx.y; first < args.rows; first += turn) {
-    Floats<V> x[kGeluRows];
+  const int64_t step = blockDim.y, turn = int64_t{gridDim.x} * step * ThreadRows;
+  for (int64_t first = blockIdx.x * step * ThreadRows + threadIdx.y; first < args.rows; first += turn) {
+    Floats<V> x[ThreadRows];
 #pragma unroll
-    for (int i = 0; i < kGeluRows; ++i) {
+    for (int i = 0; i < ThreadRows; ++i) {
       const int64_t row = first + i * step;
       if (row < args.rows) x[i] = load<V>(args.x.row(row) + column);
     }
 #pragma unroll
-    for (int i = 0; i < kGeluRows; ++i) {
+    for (int i = 0; i < ThreadRows; ++i) {
       const int64_t row = first + i * step;
       if (row >= args.rows) break;
 #pragma unroll
-      for (int e = 0; e < V; ++e) x[i][e] = gelu<Tanh, DeviceMath>(x[i][e] + bias[e]);
+      for (int e = 0; e < V; ++e) x[i][e] = gelu<Tanh, DeviceMath<S>>(x[i][e] + bias[e]);
       store<V>(args.out.row(row) + column, x[i]);
     }
   }
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kGeluThreads, kGeluBlocks) bias_gelu_bwd_kerne
       Floats<V> dx;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        dx[e] = to_float(dy[i].values[e]) * gelu_slope<Tanh, DeviceMath>(to_float(x[i].values[e]) + bias[e]);
+        dx[e] = to_float(dy[i].values[e]) * gelu_slope<Tanh, DeviceMath<S>>(to_float(x[i].values[e]) + bias[e]);
         sum[e] += dx[e];
       }
       store<V>(args.out.row(row) + column, dx);
