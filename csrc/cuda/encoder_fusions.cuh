@@ -26,7 +26,7 @@ struct Rows {
 // turns over the rows. A thread keeps its columns, so it reads the bias once, and has several rows in flight.
 
 constexpr int kGeluThreads = 256, kGeluRows = 4, kGeluBwdRows = 2;
-constexpr int kGeluFew = 4;  // blocks a multiprocessor: a forward of fewer takes one row a thread, not kGeluRows
+constexpr int kGeluFew = 4;     // blocks a multiprocessor: with fewer, a forward takes a row a thread
 constexpr int kGeluBlocks = 3;  // a multiprocessor, in the backward: few partial sums, and 48 KiB of loads in flight
 
 template <class S>  // of the results
