@@ -1,9 +1,9 @@
 """Tile shapes and schedules of the linear_attention kernels, in one place for tuning.
 
 Each table gives, for bfloat16 or not and a padded key width, the tiles of a kernel; a later sweep replaces entries.
-Float32 operands (float32 and float16 inputs) take twice the shared memory of bfloat16. In bfloat16 up to width 128,
-FORWARD and GRADIENTS are the best of a sweep on an NVIDIA H100 80GB HBM3, 2026-11-23; the rest, MAPPED included, is
-chosen by what ptxas reports for sm_90.
+Float32 operands (float32 and float16 inputs) take twice the shared memory of bfloat16. In bfloat16 FORWARD, WHOLE,
+PROGRAMS and GRADIENTS are the best of sweeps on an NVIDIA H100 80GB HBM3, 2026-11-23 and 24; the rest is chosen by what
+ptxas reports for sm_90.
 """
 
 import torch
