@@ -34,19 +34,34 @@ LINEAR = [
 ]  # fmt: skip
 
 
+def specialised(value, free=False):
+    """(type, is it a multiple of 16) of an argument as Triton sees it; ("constexpr", False) where it compiles it in."""
+    if value is None or (type(value) is int and value == 1 and not free):
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype], True
+    return {bool: "i1", int: "i32", float: "fp32"}[type(value)], type(value) is int and value % 16 == 0 and not free
+
+
 def machine_code(kernel, arguments, constants, config, **options):
     """SASS of a kernel as `Launcher` launches it; all pointers are multiples of 16 bytes."""
     values = [*arguments, *constants, *config[:-2]]
     signature, fixed, hints = {}, {}, {}
     for i, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
-        name, free = parameter.name, parameter.name in (kernel.do_not_specialize or ())
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not free):
-            signature[name], fixed[(i,)] = "constexpr", value
+        if parameter.is_constexpr:
+            signature[parameter.name], fixed[(i,)] = "constexpr", value
             continue
-        kinds = {bool: "i1", int: "i32", float: "fp32"}
-        signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else kinds[type(value)]
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and not free):
-            hints[(i,)] = [["tt.divisibility", 16]]
+        free = parameter.name in (kernel.do_not_specialize or ())
+        parts = [((i, j), part) for j, part in enumerate(value)] if isinstance(value, tuple) else [((i,), value)]
+        kinds = []
+        for place, part in parts:
+            kind, aligned = specialised(part, free)
+            kinds.append(kind)
+            if kind == "constexpr":
+                fixed[place] = part
+            elif aligned:
+                hints[place] = [["tt.divisibility", 16]]
+        signature[parameter.name] = type(value)(*kinds) if isinstance(value, tuple) else kinds[0]
     options = {name: value for name, value in options.items() if value is not None}
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=hints), target=GPUTarget("cuda", 90, 32),
@@ -145,14 +160,37 @@ def linear_attention(dtype, width, value_width, **options):
     torch.autograd.grad(out, leaves, torch.randn_like(out))
 
 
+def others(dtype, width):
+    """Calls of the other ops with tensor-core products, each on heads of `width` columns."""
+
+    def rows(*shape):
+        return [torch.randn(*shape, width, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+    ends = torch.tensor([0, 300, 600], dtype=torch.int32)
+    bias = torch.randn(2, 4, 300, 300, dtype=dtype, requires_grad=True)
+    packed, longest = rows(600, 4), {"max_seqlen_q": 300, "max_seqlen_k": 300}
+    yield fa.varlen_attention(*packed, ends, causal=True, **longest), packed
+    yield fa.varlen_attention(*packed, ends, bias=bias, **longest), [*packed, bias]
+    lines = rows(2, 40, 40, 4)
+    yield fa.axial_attention(*lines, axis=1), lines
+    images = rows(2, 320, 4)
+    yield fa.chunk_hybrid_attention(*images, torch.randn(2, 320, 4), chunk=64), images
+    for causal in (False, True):
+        yield fa.flow_attention(*images, causal=causal), images
+
+
 def main(control):
     """control: with the tiles as wide as the heads, which ptxas 12.8 gets wrong."""
     seen = []
 
     def call(self, programs, key, arguments, constants, config, **options):
-        seen.append((self.kernel.__name__, stray_products(machine_code(
-            self.kernel, arguments, constants, config, **options
-        ))))  # fmt: skip
+        seen.append((self.kernel.__name__, machine_code(self.kernel, arguments, constants, config, **options)))
+
+    def report(*words):
+        for name, sass in seen:
+            products, strays = stray_products(sass)
+            print(*words, name, products, len(strays), *strays[:1])
+        seen.clear()
 
     launch.Launcher.__call__ = call
     launch.processors = linear_attention_configs.processors = lambda device: 132
@@ -164,9 +202,11 @@ def main(control):
         for shape in [(BF16, 64, 32)] if control else LINEAR:
             for options in ({"decay": -torch.rand(1, 200, 2)}, {"normalize": True, "feature_map": "elu1"}):
                 linear_attention(*shape, **options)
-                for name, (products, strays) in seen:
-                    print(*shape, *options, name, products, len(strays), *strays[:1])
-                seen.clear()
+                report(*shape, *options)
+        for shape in () if control else ((BF16, 32),):  # rows of 64 bytes, beside scores of 128
+            for out, leaves in others(*shape):
+                torch.autograd.grad(out, leaves, torch.randn_like(out))
+                report(*shape)
 
 
 if __name__ == "__main__":
