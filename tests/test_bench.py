@@ -54,6 +54,12 @@ def measure(**providers):
     return {(made["provider"], made["direction"]): made for made in lines}, "\n".join(said)
 
 
+@pytest.mark.parametrize("only, count", (("", 2), ("T6", 2), ("T7", 0)))
+def test_some_of_the_cases(only, count):
+    options = {"environment": records.environment(CPU), "floors": FLOORS, "quick": True, "say": lambda text: None}
+    assert len(list(harness.run(double_module(), CPU, only=only, **options))) == count
+
+
 def test_summary_is_median_and_percentiles():
     assert timing.summarise([5, 1, 2, 4, 3, 6, 7, 8, 9, 10, 11]) == (6, 3, 9)
 
@@ -267,6 +273,9 @@ def test_unknown_op_missing_checkout_and_missing_readme(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["no_such_op"])
     assert "op must be one of " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["packing", "--quick", "--device", "cpu", "--case", "no such case"])
+    assert "case must be part of the name of a case of packing; got 'no such case'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="needs a source checkout"):
         bench.find_checkout([tmp_path])
     with pytest.raises(SystemExit, match="needs .*README.md"):

@@ -87,11 +87,14 @@ def main(arguments=None):
             parser.error(f"op must be one of {', '.join(ops())}; got {name!r}")
     records = load("records")
     if not (options.plot or options.readme or options.check):
-        broken = False
+        broken, lines = False, 0
         for line in measure(names, torch.device(options.device), options.quick, options.seconds, options.case):
+            lines += 1
             broken |= line["ours"] and line["status"] != "ok"
             if not options.quick:
                 records.write([line])  # at once, so that an interrupted run keeps what it measured
+        if options.case and not lines:
+            parser.error(f"case must be part of the name of a case of {', '.join(names)}; got {options.case!r}")
         return int(broken)
     if options.plot:
         for name in names:
