@@ -50,18 +50,18 @@ def shapes(device, quick):
 
 
 def make_case(kind, rows, width, dtype, device):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     call, shape, padding = Call(kind), (rows, width), 0
     if kind == "norm unpack":
-        lengths = torch.randint(128, 385, (max(1, rows // 256),), generator=generator)
+        lengths = torch.randint(128, 385, (max(1, rows // 256),), generator=torch.Generator().manual_seed(0))
         plan = fa.pack_plan(lengths=lengths.to(device), max_seqlen=512)
         call = Call(kind, plan, plan.indices.long())
         rows, shape = plan.total, (plan.batch, plan.padded_len, width)
         padding = plan.inverse.numel() - rows
-    x, residual = torch.randn(2, rows, width, generator=generator).to(device, dtype).unbind(0)
-    bias, weight, ln_bias = torch.randn(3, width, generator=generator).to(device, dtype).unbind(0)
+    x, residual = torch.randn(2, rows, width, generator=generator, device=device).to(dtype).unbind(0)
+    bias, weight, ln_bias = torch.randn(3, width, generator=generator, device=device).to(dtype).unbind(0)
     inputs = (x, bias, residual, weight, ln_bias) if kind.startswith("norm") else (x, bias)
-    grad_output = torch.randn(shape, generator=generator).to(device, dtype)
+    grad_output = torch.randn(shape, generator=generator, device=device).to(dtype)
     truth, plain = (evaluate(call, inputs, grad_output, work) for work in (torch.float64, dtype))
     tensors = {"fwd": len(inputs) // 2 + 1, "bwd": len(inputs) // 2 + 2}  # inputs and y; inputs, dy and dx
     row_bytes = width * dtype.itemsize

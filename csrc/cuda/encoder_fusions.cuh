@@ -29,7 +29,7 @@ constexpr int kGeluThreads = 256, kGeluRows = 4, kGeluBwdRows = 2;
 constexpr int kGeluFew = 4;     // blocks a multiprocessor: with fewer, a forward takes a row a thread
 constexpr int kGeluBlocks = 3;  // a multiprocessor, in the backward: few partial sums, and 48 KiB of loads in flight
 
-template <class S>  // of the results
+template <class S>  // of the results, and of what is summed up from them
 struct DeviceMath {
   typedef float Scalar;
   static __device__ float exp(float x) { return fast_exp(x); }
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kGeluThreads, kGeluBlocks) bias_gelu_bwd_kerne
       Floats<V> dx;
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        dx[e] = to_float(dy[i].values[e]) * gelu_slope<Tanh, DeviceMath<S>>(to_float(x[i].values[e]) + bias[e]);
+        dx[e] = to_float(dy[i].values[e]) * gelu_slope<Tanh, DeviceMath<float>>(to_float(x[i].values[e]) + bias[e]);
         sum[e] += dx[e];
       }
       store<V>(args.out.row(row) + column, dx);
@@ -171,7 +171,7 @@ __device__ inline int64_t indexed_row(const NormArgs<S>& args, int64_t row) {
 }
 
 template <class S, int V, int Team, int K>
-__global__ void __launch_bounds__(kNormThreads<Team>, Team == kWarp ? 6 : 1)
+__global__ void __launch_bounds__(kNormThreads<Team>, Team == kWarp ? (K * V > 24 ? 4 : 5) : 1)
     bias_residual_layer_norm_fwd_kernel(const NormArgs<S> args) {
   const int64_t row = int64_t{blockIdx.x} * (kNormThreads<Team> / Team) + threadIdx.x / Team;
   if (row >= args.rows) return;  // whole teams
@@ -187,19 +187,27 @@ __global__ void __launch_bounds__(kNormThreads<Team>, Team == kWarp ? 6 : 1)
     if (threadIdx.x % Team == 0) args.stats[row] = {0.0f, 0.0f};
     return;
   }
-  const NormRow<S> source{from, args.x.row(from), args.residual.row(from)};
+  const RowColumns<V, Team, K, S> x(args.x.row(from), args.width), residual(args.residual.row(from), args.width);
+  const VectorColumns<V, Team, K, S> bias(args.bias, args.width, 0.0f);
+  const auto read = [&](int k, int column) {
+    Floats<V> z = x(k, column), shift = bias(k, column), more = residual(k, column);
+#pragma unroll
+    for (int e = 0; e < V; ++e) z[e] = z[e] + shift[e] + more[e];
+    return z;
+  };
   Floats<V> z[K > 0 ? K : 1];
   float total = 0.0f;
   each([&](int k, int column) {
-    z[k] = source.template sum<V>(args, column);
+    z[k] = read(k, column);
     if (sum) store<V>(sum + column, z[k]);
 #pragma unroll
     for (int e = 0; e < V; ++e) total += z[k][e];
   });
+  const VectorColumns<V, Team, K, S> weights(args.weight, args.width, 1.0f), shifts(args.ln_bias, args.width, 0.0f);
   float mean = team_sum<Team>({total, 0.0f}).x / args.width;
   float2 moments = {0.0f, 0.0f};
   each([&](int k, int column) {
-    if constexpr (K == 0) z[k] = source.template sum<V>(args, column);
+    if constexpr (K == 0) z[k] = read(k, column);
 #pragma unroll
     for (int e = 0; e < V; ++e) {
       const float delta = z[k][e] - mean;
@@ -215,8 +223,8 @@ __global__ void __launch_bounds__(kNormThreads<Team>, Team == kWarp ? 6 : 1)
   const float variance = square < INFINITY ? fmaxf(square - error * error, 0.0f) : square;
   const float scale = 1.0f / sqrtf(variance + args.eps);
   each([&](int k, int column) {
-    if constexpr (K == 0) z[k] = source.template sum<V>(args, column);
-    const Floats<V> weight = load<V, S>(args.weight, column, 1.0f), shift = load<V, S>(args.ln_bias, column, 0.0f);
+    if constexpr (K == 0) z[k] = read(k, column);
+    const Floats<V> weight = weights(k, column), shift = shifts(k, column);
 #pragma unroll
     for (int e = 0; e < V; ++e) z[k][e] = (z[k][e] - mean) * scale * weight[e] + shift[e];
     store<V>(y + column, z[k]);

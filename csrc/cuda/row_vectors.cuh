@@ -47,12 +47,21 @@ struct Floats {
 };
 
 template <int V, class S>
-__device__ inline Floats<V> load(const S* from) {
-  const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(from);
+__device__ inline Pack<S, V> load_pack(const S* from) {
+  return *reinterpret_cast<const Pack<S, V>*>(from);
+}
+
+template <class S, int V>
+__device__ inline Floats<V> unpack(const Pack<S, V>& pack) {
   Floats<V> to;
 #pragma unroll
   for (int e = 0; e < V; ++e) to[e] = to_float(pack.values[e]);
   return to;
+}
+
+template <int V, class S>
+__device__ inline Floats<V> load(const S* from) {
+  return unpack(load_pack<V>(from));
 }
 
 template <int V, class S>
@@ -123,5 +132,55 @@ __device__ inline void each_vector(int width, F f) {
     for (int column = first; column < width; column += Team * V) f(0, column);
   }
 }
+
+// A thread's vectors of a row, or of a vector over the columns. In registers (K > 0) all are asked for before the first
+// is used: what depends on the arguments is decided once, not between two loads. Else each is read when it is wanted.
+template <int V, int Team, int K, class S>
+class RowColumns {
+ public:
+  __device__ RowColumns(const S* row, int width) : row_(row) {
+    if constexpr (K > 0) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) packs_[k] = {};
+      if (row) each_vector<V, Team, K>(width, [&](int k, int column) { packs_[k] = load_pack<V>(row + column); });
+    }
+  }
+  __device__ Floats<V> operator()(int k, int column) const {
+    if constexpr (K > 0) return unpack(packs_[k]);
+    return row_ ? load<V>(row_ + column) : splat<V>(0.0f);
+  }
+
+ private:
+  const S* row_;  // nullptr: zeros
+  Pack<S, V> packs_[K > 0 ? K : 1];
+};
+
+template <int V, int Team, int K, class S>
+class VectorColumns {
+ public:
+  __device__ VectorColumns(const ColumnVector& vector, int width, float missing) : vector_(vector), missing_(missing) {
+    if constexpr (K > 0) {
+      const auto fill = [&](auto value) {
+        each_vector<V, Team, K>(width, [&](int k, int column) { floats_[k] = value(column); });
+      };
+      if (!vector.data) {
+        fill([&](int) { return splat<V>(missing); });
+      } else if (vector.is_float) {
+        fill([&](int column) { return load<V>(static_cast<const float*>(vector.data) + column); });
+      } else {
+        fill([&](int column) { return load<V>(static_cast<const S*>(vector.data) + column); });
+      }
+    }
+  }
+  __device__ Floats<V> operator()(int k, int column) const {
+    if constexpr (K > 0) return floats_[k];
+    return load<V, S>(vector_, column, missing_);
+  }
+
+ private:
+  const ColumnVector& vector_;
+  float missing_;
+  Floats<V> floats_[K > 0 ? K : 1];
+};
 
 }  // namespace flowattn
